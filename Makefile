@@ -1,0 +1,47 @@
+# `make demo` and `make test` set everything up in .venv. Another interpreter: make PYTHON=python3.12 test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STORE ?= artifacts
+
+.PHONY: help setup demo test fast lint format clean
+
+help:
+	@echo "make demo    build the bundled tiny model on the CPU and make a picture from a prompt"
+	@echo "make test    all that CI runs: format, lint, types, imports, every test"
+	@echo "make fast    the same without the tests that compile"
+	@echo "make format  format the code"
+	@echo "make clean   remove .venv and caches (artifacts stay)"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e ".[dev]"
+	@touch $@
+
+PROMPT ?= a large red circle on the left and a small blue star on the right, on grass
+
+demo: setup
+	$(BIN)/sdxl-run --engine "$$($(BIN)/sdxl-build torch --model tiny --gpu cpu --artifacts $(STORE))" \
+	  --prompt "$(PROMPT)" --steps 20 --seed 7 --out demo.png
+
+test: lint
+	$(BIN)/python -m pytest
+
+fast: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

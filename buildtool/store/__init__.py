@@ -1,0 +1,1 @@
+"""Keys, manifests and the artifact store. Shared with the runtimes; imports nothing heavy, and nothing of ours."""
