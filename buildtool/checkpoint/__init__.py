@@ -1,0 +1,1 @@
+"""The parts of `buildtool.models`: files and their headers, digests, configs, the hub, single files, random weights."""

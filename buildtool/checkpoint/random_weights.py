@@ -1,0 +1,96 @@
+"""Seeded random weights of a given architecture: the same bytes on every machine and torch, from integer arithmetic."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from buildtool.checkpoint.configs import Config
+from buildtool.store.key import digest_of
+
+if TYPE_CHECKING:
+    import torch
+
+VERSION = 1
+"""Raise it when `tensor` changes what it gives: it is in the digest."""
+
+_CHUNK = 1 << 18  # numbers made at a time: they stay in a core's cache
+# Projections that end a residual branch: halved, so that sums over 70 transformer blocks stay well inside fp16.
+_BRANCH_ENDS = (
+    "to_out.0.weight",
+    "ff.net.2.weight",
+    "proj_out.weight",
+    "conv2.weight",
+    "out_proj.weight",
+    "fc2.weight",
+)
+
+
+def digest(component: str, config: Config, seed: int, dtype: str) -> str:
+    """sha256 of the recipe, which stands for the weights: nothing is generated to know it."""
+    return digest_of(
+        {"random": VERSION, "component": component, "config": config, "seed": seed, "dtype": dtype},
+    )
+
+
+def load(component: str, config: Config, seed: int, dtype: str) -> Mapping[str, torch.Tensor]:
+    """The component's state dict; a tensor is made when it is asked for.
+
+    Args:
+        component: its name, part of every tensor's seed.
+        config: its clean config.
+        seed: of the whole model.
+        dtype: ``float16`` or ``float32``.
+    """
+    from buildtool.checkpoint import tensors
+
+    shapes = tensors.module_shapes(component, config)
+
+    def getter(name: str, shape: tuple[int, ...]) -> tensors.Getter:
+        return lambda: tensor(f"{component}.{name.removeprefix('text_model.')}", shape, seed, dtype)
+
+    return tensors.LazyTensors({name: getter(name, shape) for name, shape in shapes.items()})
+
+
+def tensor(name: str, shape: tuple[int, ...], seed: int, dtype: str) -> torch.Tensor:
+    """A tensor of uniform numbers whose mean and spread suit its name and shape.
+
+    Weights have a standard deviation of 1/sqrt(fan in), so that activations keep their size; norms
+    scale by about 1; biases are small.
+    """
+    import torch
+
+    mean, spread = _distribution(name, shape)
+    out = torch.empty(shape, dtype=getattr(torch, dtype))
+    flat = out.view(-1)
+    words = hashlib.sha256(f"{VERSION}/{seed}/{name}".encode()).digest()
+    first, second = (int.from_bytes(words[i : i + 4], "little", signed=True) for i in (0, 4))
+    for start in range(0, flat.numel(), _CHUNK):
+        stop = min(start + _CHUNK, flat.numel())
+        bits = _hash(torch.arange(start, stop, dtype=torch.int32), first, second)
+        # An int32 is a uniform number in [-2^31, 2^31), whose standard deviation is 2^31 / sqrt(3).
+        flat[start:stop] = bits.to(torch.float32).mul_(spread * math.sqrt(3) / 2**31).add_(mean)
+    return out
+
+
+def _hash(x: torch.Tensor, first: int, second: int) -> torch.Tensor:
+    """Mixes int32 counters in place, two rounds of multiply and xor-shift (after C. Wellons' lowbias32).
+
+    torch shifts int32 arithmetically; the masks make the shifts logical.
+    """
+    x.bitwise_xor_(first)
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).add_(second).mul_(0x846CA68B - 2**32)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation of a tensor's numbers."""
+    if len(shape) < 2:
+        return (1.0, 0.05) if name.endswith("weight") else (0.0, 0.02)
+    if "embedding.weight" in name:
+        return 0.0, 0.3
+    gain = 0.5 if name.endswith(_BRANCH_ENDS) else 1.0
+    return 0.0, gain / math.sqrt(math.prod(shape[1:]))
