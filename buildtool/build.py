@@ -1,0 +1,302 @@
+"""Makes an artifact that isn't there: export -> compile -> check against eager -> commit."""
+
+import contextlib
+import datetime
+import gc
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from safetensors.torch import save_file
+
+from buildtool import compiler, golden, gpu, tokenizers
+from buildtool.checkpoint.configs import vae_scale_factor
+from buildtool.plan import Plan
+from buildtool.progress import Progress
+from buildtool.store import machine, manifest
+from buildtool.store.errors import SdxlError
+from buildtool.store.manifest import Check, Component, Manifest, PipelineConfig, StoredTensor, Variant
+from buildtool.store.store import Store, describe
+from exporters import registry, sdxl, weights
+from exporters.base import ExportError, Request
+from exporters.base import StoredTensor as PlannedTensor
+
+
+@dataclass
+class Built:
+    """What a build did.
+
+    ``compiled`` counts what the compiler had to make: ``<component>.<variant>``; empty for a hit, and
+    for another checkpoint of an architecture whose code is in the store.
+    """
+
+    path: Path
+    hit: bool
+    compiled: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def build(planned: Plan, progress: Progress) -> Built:
+    """Builds the artifact of a plan, unless it has appeared meanwhile.
+
+    One builder per key: a second one waits here and takes the first one's result.
+
+    Raises:
+        SdxlError: the checkpoint, the machine, the disk or the compiler can't do it, or the result
+            is not what fp32 eager computes.
+    """
+    store = Store(planned.spec.artifacts)
+    with store.building(planned.key.digest, progress.say):
+        found = store.lookup(planned.key)
+        if found and not planned.spec.force:
+            return Built(found, hit=True)
+        with _one_line(planned):
+            return _Build(planned, store, progress).run()
+
+
+@contextlib.contextmanager
+def _one_line(planned: Plan) -> Iterator[None]:
+    """An exporter's error as the store's, with the command that repeats it."""
+    try:
+        yield
+    except ExportError as error:
+        raise SdxlError(error.message, error.hint or f"To repeat it: {shlex.join(planned.command)}") from error
+
+
+class _Build:
+    """One build, from an empty stage to the commit."""
+
+    def __init__(self, planned: Plan, store: Store, progress: Progress) -> None:
+        self.planned, self.store, self.progress = planned, store, progress
+        self.source, self.key = planned.source, planned.key
+        self.table = {component.name: component for component in sdxl.COMPONENTS}
+        self.exporter = registry.exporter(planned.spec.backend)
+        self.request = Request(
+            width=planned.width,
+            height=planned.height,
+            batch=planned.spec.batch,
+            precision=planned.key.precision,
+            device=planned.target.torch_device,
+            target=planned.target.name,
+        )
+        self.built = Built(Path(), hit=False)
+        self.digests: dict[str, str] = {}
+        self.golden: dict[str, Any] = {}
+
+    def run(self) -> Built:
+        self.exporter.check_request(self.request)
+        with self.store.stage(needs=self._needs()) as stage, contextlib.ExitStack() as locks:
+            jobs = self._missing_code(locks)
+            with compiler.Pool(self.planned.spec.jobs, self.progress) as pool, self.store.stage() as scratch:
+                pool.start(jobs, scratch)
+                tensors = {name: self.source.tensors(row.source) for name, row in self.table.items()}
+                for name, row in self.table.items():  # while the compilers run
+                    with self.progress.stage(f"{name}: fp32 eager"):
+                        made = sdxl.golden(row, self.source.configs, tensors[name], self.request)
+                        self.golden |= made
+                        gc.collect()
+                for name in {job.component: None for job in jobs}:
+                    self._keep_code(name, pool)
+            locks.close()
+            components = {name: self._assemble(name, tensors[name], stage) for name in self.table}
+            self._texts(stage)
+            with self.progress.stage("check against fp32 eager"):
+                checked = self._checked(stage, self._manifest(stage, components))
+            (stage / manifest.MANIFEST).write_bytes(manifest.encode(checked))
+            with self.progress.stage("commit"):
+                self.built.path = self.store.commit(stage, self.key)
+        self.built.seconds = dict(self.progress.seconds)
+        return self.built
+
+    def _needs(self) -> int:
+        """Bytes that the weights will take at most; code is small beside them."""
+        width = 4 if self.key.precision == "fp32" else 2
+        return sum(count * width for count in self.source.parameters.values())
+
+    # Code
+
+    def _missing_code(self, locks: contextlib.ExitStack) -> list[compiler.Job]:
+        """What has to be compiled, its code keys locked: another builder of the same code is waited for.
+
+        Every builder locks in the table's order, so none waits for one that waits for it.
+        """
+        jobs = []
+        for name, row in self.table.items():
+            digest = self.planned.code_keys[name].digest
+            if self.store.code(digest) and not self.planned.spec.force:
+                continue
+            locks.enter_context(self.store.building(digest, self.progress.say))
+            if self.store.code(digest) and not self.planned.spec.force:
+                continue
+            for variant in row.variants:
+                jobs.append(compiler.Job(self.planned.spec.backend, name, variant, self.source.configs, self.request))
+        return jobs
+
+    def _keep_code(self, name: str, pool: compiler.Pool) -> None:
+        """Commits a component's compiled variants to the store, for every checkpoint of its architecture."""
+        row = self.table[name]
+        precision = row.precision(self.source.configs, self.request)
+        check = Check(status="deferred", error={}, tolerance=row.tolerance[precision], reason="never run so far")
+        tensors: dict[str, StoredTensor] = {}
+        variants = {}
+        with self.store.stage() as out:
+            for variant in row.variants:
+                result = pool.result(name, variant)
+                stored = msgspec.convert(result.pop("tensors"), dict[str, StoredTensor])
+                if any(tensors.get(n, t) != t for n, t in stored.items()):
+                    raise RuntimeError(f"the variants of {name} want one tensor laid out in two ways")
+                tensors |= stored
+                variants[variant] = msgspec.convert({**result, "check": msgspec.to_builtins(check)}, Variant)
+                shutil.move(pool.file(name, variant, variants[variant].file), out / variants[variant].file)
+                self.built.compiled.append(f"{name}.{variant}")
+            digest = self.planned.code_keys[name].digest
+            described = Component(
+                loader=registry.backend(self.planned.spec.backend).loader,
+                precision=precision,  # type: ignore[arg-type]
+                code_key=digest,
+                weights=f"weights/{name}.safetensors" if tensors else "",
+                tensors=tensors,
+                variants=variants,
+            )
+            self.store.commit_code(out, digest, described)
+
+    # Weights
+
+    def _assemble(self, name: str, tensors: Mapping[str, Any], stage: Path) -> Component:
+        """Links a component's code and weights into the stage."""
+        record = self.store.attach_code(self.planned.code_keys[name].digest, stage)
+        described = msgspec.convert(record.meta, Component)
+        self.digests |= {file: entry.sha256 for file, entry in record.files.items()}
+        if described.weights:
+            (stage / "weights").mkdir(exist_ok=True)
+            self._weights(self.table[name].source, described, tensors, stage)
+        return described
+
+    def _weights(self, source: str, described: Component, tensors: Mapping[str, Any], stage: Path) -> None:
+        """Links the component's weights blob into the stage, writing it if no artifact has it yet."""
+        path = stage / described.weights
+        # A forced build writes the weights anew: adding a blob mends one that was damaged in place.
+        digest = None if self.planned.spec.force else self._known_blob(source, described)
+        if digest is None:
+            with self.progress.stage(f"{described.weights.removesuffix('.safetensors')}: write"):
+                layout = {n: PlannedTensor(t.shape, t.dtype, t.stride, t.sources) for n, t in described.tensors.items()}
+                weights.write(path, layout, tensors, self.progress.update)
+                digest = self.store.add_blob(path)
+        if not self.store.link(self.store.blob(digest), path):
+            self.progress.say(f"{path.name} was copied: this file system makes no hard link to the store's blob.")
+        self.digests[described.weights] = digest
+
+    def _known_blob(self, source: str, described: Component) -> str | None:
+        """The blob of these source weights in this layout, if an artifact in the store has it."""
+        for folder, summary in self.store.summaries():
+            if isinstance(summary, SdxlError) or summary.key.weights.get(source) != self.key.weights[source]:
+                continue
+            other = manifest.read(folder)
+            for component in other.components.values():
+                if component.weights and component.tensors == described.tensors:
+                    entry = other.files[component.weights]
+                    blob = self.store.blob(entry.sha256)
+                    if blob.is_file() and blob.stat().st_size == entry.size:
+                        return entry.sha256
+        return None
+
+    # The rest of the folder
+
+    def _texts(self, stage: Path) -> None:
+        save_file(self.golden, stage / "golden.safetensors")
+        for name, folder in self.source.tokenizer_folders.items():
+            tokenizers.convert(folder, stage / f"{name}.json")
+        (stage / "scheduler.json").write_text(json.dumps(self.source.configs["scheduler"], indent=1) + "\n")
+
+    def _manifest(self, stage: Path, components: dict[str, Component]) -> Manifest:
+        vae, pipeline = self.source.configs["vae"], self.source.configs["pipeline"]
+        spec = self.planned
+        return Manifest(
+            schema_version=manifest.SCHEMA_VERSION,
+            key=self.key,
+            key_digest=self.key.digest,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            command=spec.command,
+            built_with=_built_with(spec.target),
+            build_seconds=dict(self.progress.seconds),
+            pipeline=PipelineConfig(
+                force_zeros_for_empty_prompt=bool(pipeline.get("force_zeros_for_empty_prompt", True)),
+                latent_channels=int(vae.get("latent_channels", 4)),
+                vae_scale_factor=vae_scale_factor(vae),
+                scaling_factor=float(vae["scaling_factor"]),
+                latents_mean=vae.get("latents_mean"),
+                latents_std=vae.get("latents_std"),
+                max_prompt_tokens=77,
+            ),
+            components=components,
+            files=describe(stage, self.digests),
+            digest="",
+        )
+
+    def _checked(self, stage: Path, unchecked: Manifest) -> Manifest:
+        """The manifest with every variant's measured error, from a fresh process.
+
+        Raises:
+            SdxlError: a variant is further from fp32 eager than its tolerance, or the process died.
+        """
+        (stage / manifest.MANIFEST).write_bytes(manifest.encode(unchecked))
+        checked = golden.run(stage, self.request.device)
+        if checked.problem:
+            raise SdxlError(checked.problem, "See what is wrong with the compiler: sdxl-build doctor")
+        results = checked.variants
+        worst = [(name, result) for name, result in results.items() if not result["passed"]]
+        if worst:
+            name, result = max(worst, key=lambda item: max(item[1]["error"].values()))
+            raise SdxlError(
+                f"{name} is off by {max(result['error'].values()):.2e} from fp32 eager; "
+                f"{result['tolerance']:.0e} is allowed. Nothing was kept of this artifact.",
+                f"To repeat it: {shlex.join(self.planned.command)}",
+            )
+        components = {}
+        for name, component in unchecked.components.items():
+            variants = {}
+            for variant, form in component.variants.items():
+                error = results[f"{name}.{variant}"]["error"]
+                check = Check(status="passed", error=error, tolerance=form.check.tolerance, reason="")
+                variants[variant] = msgspec.structs.replace(form, check=check)
+            components[name] = msgspec.structs.replace(component, variants=variants)
+        return msgspec.structs.replace(unchecked, components=components, build_seconds=dict(self.progress.seconds))
+
+
+def _built_with(target: gpu.Target) -> dict[str, str]:
+    """Versions, compiler, driver and GPU of this machine, for the record."""
+    found = {"sdxl-build": "unknown", "python": ".".join(map(str, sys.version_info[:3]))}
+    found |= machine.versions("sdxl-build", "torch", "triton", "diffusers", "transformers", "tokenizers", "safetensors")
+    found["compiler"] = _compiler()
+    if target.device == "cuda":
+        card = machine.gpus()[target.index]
+        found |= {"gpu": card.name, "driver": card.driver}
+    else:
+        found["cpu"] = _cpu_name()
+    return found
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _compiler() -> str:
+    command = [*shlex.split(os.environ.get("CXX", "g++")), "--version"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return "none"
+    return told.splitlines()[0] if told else "unknown"

@@ -1,0 +1,141 @@
+"""Compilers at work: one process a variant, as many at once as the machine has cores for."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from buildtool.progress import Progress
+from buildtool.store.errors import SdxlError
+from exporters.base import ExportError, Request
+
+
+@dataclass(frozen=True)
+class Job:
+    """One variant to compile."""
+
+    backend: str
+    component: str
+    variant: str
+    configs: dict[str, dict[str, Any]]
+    request: Request
+
+    @property
+    def name(self) -> str:
+        return f"{self.component}.{self.variant}"
+
+
+class Pool:
+    """Runs ``python -m exporters.worker`` for each job; leaving the context ends those still running.
+
+    A worker's standard input is a pipe that closes when this process ends, however it ends: then the
+    worker ends too.
+
+    Args:
+        at_once: processes at the same time; 0 for one a core.
+    """
+
+    def __init__(self, at_once: int, progress: Progress) -> None:
+        self._at_once = at_once or len(os.sched_getaffinity(0))
+        self._progress = progress
+        self._waiting: list[Job] = []
+        self._running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        self._codes: dict[str, int] = {}
+        self._scratch = Path()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process, _ in self._running.values():
+            if process.stdin is not None:
+                process.stdin.close()
+            process.wait()
+
+    def start(self, jobs: Sequence[Job], scratch: Path) -> None:
+        """Starts compiling; ``scratch`` is a folder for everything that is in between."""
+        self._scratch = scratch
+        # The UNet takes longest, so it goes first.
+        self._waiting = sorted(jobs, key=lambda job: job.component != "unet")
+        self._fill()
+
+    def result(self, component: str, variant: str) -> dict[str, Any]:
+        """Waits for a variant: its description, as the exporter gave it.
+
+        Raises:
+            ExportError: it can't be compiled; the compiler's own words are in the log that this names.
+        """
+        name = f"{component}.{variant}"
+        while name not in self._codes:
+            self._collect()
+            time.sleep(0.05)
+        path = self._scratch / f"{name}.result"
+        answer: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+        if self._codes[name] == 0 and answer:
+            return answer
+        log = self._keep_log(name)
+        if "error" in answer:
+            raise ExportError(f"{answer['error'].rstrip('.')}. The compiler's words: {log}.", answer["hint"])
+        how = f"signal {-self._codes[name]}" if self._codes[name] < 0 else f"exit code {self._codes[name]}"
+        raise SdxlError(f"The compiler of {name} ended with {how}: {_last_line(log)}. Its words: {log}.")
+
+    def file(self, component: str, variant: str, name: str) -> Path:
+        """Where a compiled variant's file is."""
+        return self._scratch / f"{component}.{variant}" / name
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._running) < self._at_once:
+            job = self._waiting.pop(0)
+            out = self._scratch / job.name
+            out.mkdir()
+            asked = self._scratch / f"{job.name}.job"
+            asked.write_text(json.dumps({**dataclasses.asdict(job), "out": str(out.absolute())}))
+            # Inductor's intermediate files go with the scratch folder, not to the machine's /tmp for good.
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str((self._scratch / "inductor").absolute())}
+            with open(self._scratch / f"{job.name}.log", "wb") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "exporters.worker", str(asked.absolute())],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
+                )
+            self._running[job.name] = (process, time.perf_counter())
+
+    def _collect(self) -> None:
+        for name, (process, began) in list(self._running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            if process.stdin is not None:
+                process.stdin.close()
+            del self._running[name]
+            self._codes[name] = code
+            self._progress.add(f"{name}: compile", time.perf_counter() - began)
+        self._fill()
+
+    def _keep_log(self, name: str) -> Path:
+        """Saves a failed compiler's log from the scratch folder, which is about to go."""
+        log = self._scratch / f"{name}.log"
+        handle, kept = tempfile.mkstemp(prefix=f"sdxl-build-{name}-", suffix=".log")
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            Path(kept).write_bytes(log.read_bytes())
+        return Path(kept)
+
+
+def _last_line(log: Path) -> str:
+    with contextlib.suppress(OSError):
+        lines = log.read_text(errors="replace").strip().splitlines()
+        if lines:
+            return lines[-1].strip().rstrip(".")
+    return "it said nothing"

@@ -1,0 +1,90 @@
+"""``--dry-run``: what a build would do and take, without doing it."""
+
+from typing import Any
+
+from buildtool.plan import COMPONENTS, Plan
+from buildtool.store import files
+from buildtool.store.manifest import Manifest
+from buildtool.store.store import Store
+from buildtool.store.summary import Summary
+
+# Measured (benchmarks/RESULTS.md): fp32 eager reference plus what torch itself takes, and the package's code.
+IMPORTS_BYTES = 1_200_000_000
+CODE_BYTES = 20_000_000
+
+
+def estimate(planned: Plan) -> dict[str, Any]:
+    """A plan as plain data: its key, hit or miss and why, and what a build would take.
+
+    ``disk_bytes`` counts what the store would grow by; ``memory_bytes`` is host memory (on a GPU the
+    same again there); ``seconds`` is what the nearest build of this model took here, or None.
+    """
+    store = Store(planned.spec.artifacts)
+    found = store.find(planned.key)
+    nearest = None if found.path else store.nearest(planned.key)
+    compiles = [name for name, key in planned.code_keys.items() if store.code(key.digest) is None]
+    width = 4 if planned.key.precision == "fp32" else 2
+    parameters = planned.source.parameters
+    known = _weights_in(store)
+    fresh = {of for of in COMPONENTS.values() if planned.key.weights[of] not in known}
+    largest = max(parameters.values())
+    return {
+        "key": planned.key.digest,
+        "path": str(found.path or store.base / planned.key.folder),
+        "hit": found.path is not None,
+        "reason": found.reason,
+        "nearest": str(nearest[0]) if nearest else None,
+        "differs": {name: list(pair) for name, pair in nearest[1].items()} if nearest else {},
+        "compiles": [] if found.path else compiles,
+        "disk_bytes": 0 if found.path else sum(parameters[of] * width for of in fresh) + CODE_BYTES * bool(compiles),
+        "disk_free_bytes": files.free_bytes(store.base),
+        "memory_bytes": 0 if found.path else IMPORTS_BYTES * (1 + len(compiles)) + largest * (4 + width),
+        "seconds": None if found.path else _seconds(store, planned),
+        "command": list(planned.command),
+    }
+
+
+def _weights_in(store: Store) -> set[str]:
+    """Digests of the source weights that artifacts in the store were made of."""
+    return {d for _, m in store.summaries() if isinstance(m, Summary) for d in m.key.weights.values()}
+
+
+def _seconds(store: Store, planned: Plan) -> float | None:
+    """Seconds that a full build of the same model, backend and precision took, the latest of them."""
+    like = [
+        m
+        for _, m in store.artifacts()
+        if isinstance(m, Manifest)
+        and (m.key.model, m.key.backend, m.key.precision)
+        == (planned.key.model, planned.key.backend, planned.key.precision)
+    ]
+    if not like:
+        return None
+    return round(sum(max(like, key=lambda m: m.created).build_seconds.values()), 1)
+
+
+def render(told: dict[str, Any]) -> str:
+    """An estimate as people read it."""
+    lines = [f"{told['path']}", f"  key      {told['key']}"]
+    if told["hit"]:
+        return "\n".join([*lines, "  hit      it is there; nothing would be done"])
+    lines.append(f"  miss     {told['reason']}")
+    if told["nearest"]:
+        lines.append(f"  nearest  {told['nearest']}, which differs in")
+        for name, (asked, there) in told["differs"].items():
+            lines.append(f"             {name}: {_short(there)} there, {_short(asked)} asked for")
+    lines.append(f"  compiles {', '.join(told['compiles']) or 'nothing: its code is in the store'}")
+    lines.append(
+        f"  disk     {files.human_size(told['disk_bytes'])} of {files.human_size(told['disk_free_bytes'])} free"
+    )
+    lines.append(f"  memory   about {files.human_size(told['memory_bytes'])}")
+    seconds = told["seconds"]
+    lines.append(
+        f"  time     {'not known: nothing like it was built here' if seconds is None else f'about {seconds:.0f} s of work'}"
+    )
+    return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,180 @@
+"""What a build would make: spec -> key. Imports no torch and reads no weights, so that a hit is quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from buildtool import gpu, models
+from buildtool.checkpoint.configs import vae_scale_factor
+from buildtool.progress import Progress
+from buildtool.store import machine
+from buildtool.store.errors import SdxlError
+from buildtool.store.key import KEY_VERSION, ArtifactKey, CodeKey
+from exporters import registry
+
+DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
+COMPONENTS = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "unet": "unet", "vae_decoder": "vae"}
+"""Component -> whose config and weights it is made of. The exporters' table, without importing torch."""
+UNSIZED = ("text_encoder", "text_encoder_2")
+PRECISIONS = ("fp32", "fp16", "bf16")
+# Settings of a VAE's config that its graph doesn't read: fine-tunes that differ in them share code.
+NOT_COMPILED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the command line asked for."""
+
+    backend: str
+    model: str = DEFAULT_MODEL
+    revision: str | None = None
+    variant: str | None = None
+    config: Path | None = None
+    gpu: str = "auto"
+    resolutions: tuple[tuple[int, int], ...] = ()
+    batch: int = 1
+    precision: str | None = None
+    vae: str = "default"
+    artifacts: Path = Path("artifacts")
+    force: bool = False
+    jobs: int = 0
+    """Compilers at once; 0 for as many as there are cores, up to one a variant."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One artifact to be: its key and those of its components' code."""
+
+    spec: Spec
+    source: models.Source
+    target: gpu.Target
+    width: int
+    height: int
+    key: ArtifactKey
+    code_keys: dict[str, CodeKey]
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command that builds exactly this artifact."""
+        spec = self.spec
+        words = ["sdxl-build", spec.backend, "--model", spec.model]
+        for option, value in (("--revision", self.source.revision), ("--variant", spec.variant)):
+            words += [option, value] if value else []
+        words += ["--config", str(spec.config)] if spec.config else []
+        words += ["--gpu", "cpu" if self.target.device == "cpu" else self.target.name.replace("+", ",")]
+        words += ["--resolution", f"{self.width}x{self.height}", "--batch", str(spec.batch)]
+        words += ["--precision", self.key.precision]
+        words += ["--vae", spec.vae] if spec.vae != "default" else []
+        return (*words, "--artifacts", str(spec.artifacts))
+
+
+def plan(spec: Spec, progress: Progress | None = None) -> list[Plan]:
+    """Resolves a spec to one plan a resolution. Imports no torch and reads no weights that it knows.
+
+    Raises:
+        SdxlError: the model, the GPU or an option can't be served.
+    """
+    row = registry.backend(spec.backend)
+    target = gpu.resolve_target(spec.gpu)
+    precision = spec.precision or ("fp32" if target.device == "cpu" else "fp16")
+    if precision not in PRECISIONS:
+        raise SdxlError(f"The {spec.backend} backend has no precision {precision}.", f"Try: {', '.join(PRECISIONS)}.")
+    if target.device == "cpu" and precision != "fp32":
+        raise SdxlError(f"On a CPU the {spec.backend} backend runs in fp32, not {precision}.", "Leave --precision out.")
+    if spec.batch < 1:
+        raise SdxlError(f"--batch is the images per call, at least 1; {spec.batch} was given.")
+    gpu.require_present(target, spec.backend)
+
+    def hashing(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress.update(done, total)
+
+    source = models.resolve(
+        spec.model,
+        revision=spec.revision,
+        variant=spec.variant,
+        vae=spec.vae,
+        config_dir=spec.config,
+        progress=hashing,
+    )
+    factor = vae_scale_factor(source.configs["vae"])
+    plans = []
+    for width, height in spec.resolutions or (source.default_size,):
+        if width < factor or height < factor or width % factor or height % factor:
+            raise SdxlError(
+                f"{width}x{height} can't be made: both sides have to be multiples of {factor}.",
+                f"Try --resolution {max(round(width / factor), 1) * factor}x{max(round(height / factor), 1) * factor}.",
+            )
+        plans.append(_plan(spec, row, source, target, width, height, precision, factor))
+    return plans
+
+
+def _plan(
+    spec: Spec,
+    row: registry.Backend,
+    source: models.Source,
+    target: gpu.Target,
+    width: int,
+    height: int,
+    precision: str,
+    factor: int,
+) -> Plan:
+    toolchain = _toolchain(row, target)
+    gpu_name = target.gpu_name if row.tunes else "any"
+    key = ArtifactKey(
+        key_version=KEY_VERSION,
+        backend=spec.backend,
+        model=source.name,
+        revision=source.revision,
+        variant=source.variant,
+        weights=source.weights,
+        configs=source.configs,
+        tokenizers=source.tokenizers,
+        target=target.name,
+        gpu_name=gpu_name,
+        width=width,
+        height=height,
+        batch=spec.batch,
+        precision=precision,
+        vae=Path(spec.vae).resolve().name if Path(spec.vae).is_dir() else spec.vae,
+        options={},
+        toolchain={**toolchain, **_installed("transformers", "tokenizers")},
+    )
+    upcast = precision == "fp16" and source.configs["vae"].get("force_upcast", False)
+    codes = {}
+    for component, of in COMPONENTS.items():
+        config = {n: v for n, v in source.configs[of].items() if of != "vae" or n not in NOT_COMPILED}
+        sized = component not in UNSIZED
+        codes[component] = CodeKey(
+            key_version=KEY_VERSION,
+            backend=spec.backend,
+            component=component,
+            config={**config, "vae_scale_factor": factor} if component == "unet" else config,
+            target=target.name,
+            gpu_name=gpu_name,
+            width=width if sized else 0,
+            height=height if sized else 0,
+            batch=spec.batch if sized else 0,
+            precision="fp32" if of == "vae" and upcast else precision,
+            options={},
+            toolchain=toolchain,
+        )
+    return Plan(spec, source, target, width, height, key, codes)
+
+
+def _toolchain(row: registry.Backend, target: gpu.Target) -> dict[str, str]:
+    """Versions that shape the code, from metadata alone."""
+    torch = machine.torch_version()
+    if not torch:
+        raise SdxlError("torch is not installed.", "pip install torch")
+    found = {"exporter": str(row.version), **torch, **_installed(*row.distributions)}
+    if target.device == "cuda":
+        found |= _installed("triton")
+    return found
+
+
+def _installed(*distributions: str) -> dict[str, str]:
+    found = machine.versions(*distributions)
+    missing = [name for name in distributions if name not in found]
+    if missing:
+        raise SdxlError(f"{', '.join(missing)} is not installed, and building needs it.", "pip install sdxl-build")
+    return found

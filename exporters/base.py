@@ -1,0 +1,116 @@
+"""What every backend's exporter shares: the request, what it leaves behind, and the errors."""
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from exporters.sdxl import Component, Configs
+
+
+class ExportError(Exception):
+    """A user can mend it: what was asked, what is there, and in ``hint`` what to do next."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message} {hint}".strip())
+        self.message = message
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a variant; ``dtype`` is torch's name without ``torch.``"""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the weights file holds it: the joined sources, then this shape, dtype and stride.
+
+    The sources are joined along their first dimension, flattened first where ``shape`` has one
+    dimension, and padded with zeros up to ``shape[0]``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    stride: tuple[int, ...]
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be built, apart from the model.
+
+    Args:
+        width, height: pixels, multiples of 8.
+        batch: images per call.
+        precision: ``fp32``, ``fp16`` or ``bf16``.
+        device: torch's name of the device to trace and compile on, ``cpu`` or ``cuda:0``.
+        target: ``cpu-avx512``, ``sm90``, …: what the code has to run on.
+        options: the backend's own options.
+    """
+
+    width: int
+    height: int
+    batch: int
+    precision: str
+    device: str
+    target: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VariantCode:
+    """One compiled variant: its file, what goes in and out, and the weights that it reads.
+
+    ``constants`` maps the code's own names to stored tensors; ``tensors`` says how those are stored
+    (empty for engines that hold their weights).
+    """
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    constants: dict[str, str]
+    tensors: dict[str, StoredTensor]
+
+
+class Exporter(abc.ABC):
+    """Turns one variant of a component into files. One subclass a backend; the registry has its row."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def check_request(self, request: Request) -> None:
+        """Says at once, before any work, what can't be built.
+
+        Raises:
+            ExportError: the request, or what is missing here to serve it.
+        """
+
+    def export(
+        self, component: "Component", variant: str, configs: "Configs", request: Request, out: Path
+    ) -> VariantCode:
+        """Compiles one variant into ``out``; its file is named ``<component>[.<variant>]`` and a suffix.
+
+        Raises:
+            ExportError: the compiler failed; its own words are in the log.
+        """
+        self.check_request(request)
+        if variant not in component.variants:
+            raise ValueError(f"{component.name} has no variant {variant!r}")
+        stem = component.name if component.variants == ("main",) else f"{component.name}.{variant}"
+        code = self._export(component, variant, configs, request, out, stem)
+        if not (out / code.file).is_file():
+            raise RuntimeError(f"{self.name} left no {code.file}")
+        return code
+
+    @abc.abstractmethod
+    def _export(
+        self, component: "Component", variant: str, configs: "Configs", request: Request, out: Path, stem: str
+    ) -> VariantCode: ...

@@ -1,0 +1,385 @@
+"""SDXL's components: what goes in and out of each, how it is loaded, and how exact it has to be.
+
+Every exporter reads this table; none has its own idea of a component.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exporters import attention, clip
+from exporters.base import ExportError, Request, TensorSpec
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PROMPT_TOKENS = 77
+
+Configs = Mapping[str, Mapping[str, Any]]
+Tensors = Mapping[str, Tensor]
+
+
+class UNetGraph(nn.Module):
+    """The UNet with plain tensors in and out, as every backend compiles it."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.model = unet
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
+    ) -> tuple[Tensor, ...]:
+        conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
+        noise: Tensor = self.model(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False
+        )[0]
+        return (noise.contiguous(),)
+
+
+class VaeDecoderGraph(nn.Module):
+    """The VAE's decoder, from latents that are already divided by the scaling factor."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.model = vae
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
+        image: Tensor = self.model.decode(latents, return_dict=False)[0]  # type: ignore[operator]
+        return (image.contiguous(),)
+
+
+class ReferenceTextEncoder(nn.Module):
+    """transformers' own text encoder: what the golden tensors are computed with."""
+
+    def __init__(self, model: nn.Module, projected: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.projected = projected
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        out = self.model(input_ids, output_hidden_states=True)
+        hidden = out.hidden_states[-2]
+        return (hidden, out.text_embeds) if self.projected else (hidden,)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A module to compile, and the checkpoint's tensors behind each of its parameters."""
+
+    module: nn.Module
+    sources: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One row of the table.
+
+    Args:
+        name: the component's name in artifacts.
+        source: whose weights and config it is made of.
+        variants: its compiled forms.
+        sized, batched: whether its code depends on the resolution and the batch.
+        tolerance: precision -> allowed ||out - golden|| / ||golden|| of each output.
+        inputs: (configs, request, variant, dtype) -> specs.
+        outputs: the outputs' names.
+        reference: (config, tensors, device) -> fp32 eager, from the libraries that define the model.
+        graph: (config, device, dtype) -> what is compiled, with weights of no meaning.
+    """
+
+    name: str
+    source: str
+    variants: tuple[str, ...]
+    sized: bool
+    batched: bool
+    tolerance: Mapping[str, float]
+    inputs: Callable[[Configs, Request, str, torch.dtype], tuple[TensorSpec, ...]]
+    outputs: tuple[str, ...]
+    reference: Callable[[Mapping[str, Any], Tensors, str], nn.Module]
+    graph: Callable[[Mapping[str, Any], str, torch.dtype], Graph]
+
+    def precision(self, configs: Configs, request: Request) -> str:
+        """What the component computes in: the VAE in fp32 where diffusers upcasts it."""
+        upcast = self.source == "vae" and configs["vae"].get("force_upcast", False)
+        return "fp32" if upcast and request.precision == "fp16" else request.precision
+
+
+def spec(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSpec:
+    """A contiguous tensor's spec."""
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return TensorSpec(name, shape, str(dtype).removeprefix("torch."), strides)
+
+
+def spec_of(name: str, tensor: Tensor) -> TensorSpec:
+    return TensorSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tuple(tensor.stride()))
+
+
+def vae_scale_factor(vae: Mapping[str, Any]) -> int:
+    """Pixels per latent, in each direction (diffusers' ``pipe.vae_scale_factor``)."""
+    channels = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
+    return int(2 ** (len(channels) - 1))
+
+
+def _latent_shape(configs: Configs, request: Request, batch: int) -> tuple[int, int, int, int]:
+    factor = vae_scale_factor(configs["vae"])
+    return (batch, configs["unet"]["in_channels"], request.height // factor, request.width // factor)
+
+
+def _text_inputs(configs: Configs, request: Request, variant: str, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    return (spec("input_ids", (1, PROMPT_TOKENS), torch.int64),)
+
+
+def _unet_inputs(configs: Configs, request: Request, variant: str, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    unet = configs["unet"]
+    batch = request.batch * (2 if variant == "cfg" else 1)
+    pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    return (
+        spec("sample", _latent_shape(configs, request, batch), dtype),
+        spec("timestep", (1,), torch.float32),
+        spec("encoder_hidden_states", (batch, PROMPT_TOKENS, unet["cross_attention_dim"]), dtype),
+        spec("text_embeds", (batch, pooled), dtype),
+        spec("time_ids", (batch, 6), dtype),
+    )
+
+
+def _decoder_inputs(configs: Configs, request: Request, variant: str, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    return (spec("latents", _latent_shape(configs, request, request.batch), dtype),)
+
+
+def load_weights(module: nn.Module, tensors: Tensors, names: Callable[[str], str], device: str) -> None:
+    """Gives a module on the meta device a checkpoint's weights, in fp32, in place.
+
+    Raises:
+        ExportError: the checkpoint lacks a tensor or has one of another shape.
+    """
+    filled: dict[str, Tensor] = {}
+    for name, parameter in module.state_dict().items():
+        source = names(name)
+        if source not in tensors:
+            raise ExportError(f"The checkpoint has no tensor {source!r}, which its config asks for.")
+        tensor = tensors[source]
+        if tensor.shape != parameter.shape:
+            raise ExportError(
+                f"The checkpoint's {source} has shape {tuple(tensor.shape)}; its config says {tuple(parameter.shape)}."
+            )
+        filled[name] = tensor.to(device=device, dtype=torch.float32)
+    module.load_state_dict(filled, strict=True, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def fill_with_noise(module: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
+    """Gives a module on the meta device small random weights, convolutions channels-last, in place.
+
+    Code is compiled with these: whatever of a checkpoint found its way into it would be missed at
+    once. They are random and not zero because a compiler may time kernels on them.
+    """
+    nn.Module.to(module, dtype=dtype)  # not diffusers' own `to`, which warns of modules that it doesn't have
+    module.to_empty(device=device)
+    nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.02)
+    return module.eval().requires_grad_(False)
+
+
+def _fill_position_ids(module: nn.Module, device: str) -> None:
+    """The one buffer that transformers' CLIP has and no checkpoint stores: 0, 1, 2, …"""
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            parent, _, leaf = name.rpartition(".")
+            if leaf != "position_ids":
+                raise RuntimeError(f"the reference model has an unknown buffer {name}")
+            module.get_submodule(parent)._buffers[leaf] = torch.arange(buffer.shape[-1], device=device)[None]
+
+
+def _diffusers_model(config: Mapping[str, Any]) -> nn.Module:
+    """The model on the meta device."""
+    import diffusers
+
+    cls = getattr(diffusers, config["_class_name"])
+    with torch.device("meta"):
+        model: nn.Module = cls.from_config({k: v for k, v in config.items() if k != "_class_name"})
+    return model
+
+
+def _transformers_model(config: Mapping[str, Any], tensors: Tensors, device: str, projected: bool) -> nn.Module:
+    import transformers
+
+    cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    settings = transformers.CLIPTextConfig(
+        **{k: v for k, v in config.items() if k not in ("_class_name", "model_type")}
+    )
+    settings._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = cls(settings)
+    # transformers 5 dropped the prefix "text_model." of the model without projection; files kept it.
+    load_weights(model, tensors, lambda name: name if name in tensors else f"text_model.{name}", device)
+    _fill_position_ids(model, device)
+    return model
+
+
+def _text_reference(projected: bool) -> Callable[[Mapping[str, Any], Tensors, str], nn.Module]:
+    return lambda config, tensors, device: ReferenceTextEncoder(
+        _transformers_model(config, tensors, device, projected), projected
+    ).eval()
+
+
+def _text_graph(cls: type[nn.Module]) -> Callable[[Mapping[str, Any], str, torch.dtype], Graph]:
+    def graph(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Graph:
+        with torch.device("meta"):
+            module = cls(dict(config))
+        fill_with_noise(module, device, dtype)
+        return Graph(module, {name: clip.sources(name) for name in module.state_dict()})
+
+    return graph
+
+
+def _unet_reference(config: Mapping[str, Any], tensors: Tensors, device: str) -> nn.Module:
+    unet = _diffusers_model(config)
+    load_weights(unet, tensors, str, device)
+    return UNetGraph(unet).eval()
+
+
+def _unet_graph(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Graph:
+    unet = fill_with_noise(_diffusers_model(config), device, dtype)
+    joined = attention.fuse(unet)
+    sources = {f"model.{name}": joined.get(name, (name,)) for name in unet.state_dict()}
+    return Graph(UNetGraph(unet).eval(), sources)
+
+
+def _decoder_reference(config: Mapping[str, Any], tensors: Tensors, device: str) -> nn.Module:
+    vae = _diffusers_model(config)
+    load_weights(vae, tensors, str, device)
+    return VaeDecoderGraph(vae).eval()
+
+
+def _decoder_graph(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Graph:
+    vae = _diffusers_model(config)
+    for half in ("encoder", "quant_conv"):  # the decoder's graph reads neither
+        if hasattr(vae, half):
+            setattr(vae, half, None)
+    fill_with_noise(vae, device, dtype)
+    return Graph(VaeDecoderGraph(vae).eval(), {f"model.{name}": (name,) for name in vae.state_dict()})
+
+
+COMPONENTS: tuple[Component, ...] = (
+    Component(
+        name="text_encoder",
+        source="text_encoder",
+        variants=("main",),
+        sized=False,
+        batched=False,
+        tolerance={"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2},
+        inputs=_text_inputs,
+        outputs=("hidden_states",),
+        reference=_text_reference(projected=False),
+        graph=_text_graph(clip.TextEncoder),
+    ),
+    Component(
+        name="text_encoder_2",
+        source="text_encoder_2",
+        variants=("main",),
+        sized=False,
+        batched=False,
+        tolerance={"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2},
+        inputs=_text_inputs,
+        outputs=("hidden_states", "text_embeds"),
+        reference=_text_reference(projected=True),
+        graph=_text_graph(clip.TextEncoderWithProjection),
+    ),
+    Component(
+        name="unet",
+        source="unet",
+        variants=("cfg", "nocfg"),
+        sized=True,
+        batched=True,
+        tolerance={"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2},
+        inputs=_unet_inputs,
+        outputs=("noise_pred",),
+        reference=_unet_reference,
+        graph=_unet_graph,
+    ),
+    Component(
+        name="vae_decoder",
+        source="vae",
+        variants=("main",),
+        sized=True,
+        batched=True,
+        tolerance={"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2},
+        inputs=_decoder_inputs,
+        outputs=("sample",),
+        reference=_decoder_reference,
+        graph=_decoder_graph,
+    ),
+)
+
+
+def component(name: str) -> Component:
+    return next(c for c in COMPONENTS if c.name == name)
+
+
+def example_inputs(
+    component: Component, configs: Configs, request: Request, variant: str, seed: int = 0
+) -> dict[str, Tensor]:
+    """Seeded inputs of a variant on the request's device: to trace with, and to check with.
+
+    Values look like a run's: unit-normal latents and text, a middle timestep, the resolution's own
+    micro-conditioning, prompts that end somewhere.
+    """
+    dtype = DTYPES[component.precision(configs, request)]
+    generator = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Tensor] = {}
+    for want in component.inputs(configs, request, variant, dtype):
+        if want.name == "input_ids":
+            inputs[want.name] = _example_ids(configs[component.source], want.shape, generator)
+        elif want.name == "timestep":
+            inputs[want.name] = torch.full(want.shape, 501.0)
+        elif want.name == "time_ids":
+            size = [request.height, request.width]
+            inputs[want.name] = torch.tensor([[*size, 0, 0, *size]]).expand(want.shape).to(dtype).contiguous()
+        else:
+            inputs[want.name] = torch.randn(want.shape, generator=generator).to(dtype)
+    return {name: tensor.to(request.device) for name, tensor in inputs.items()}
+
+
+def _example_ids(config: Mapping[str, Any], shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A start token, words, the end token (CLIP's highest id) and padding."""
+    end = config["vocab_size"] - 1
+    ids = torch.randint(0, end - 1, shape, generator=generator)
+    ids[:, 0] = end - 1
+    ids[:, shape[1] // 3 :] = end
+    return ids
+
+
+@torch.no_grad()
+def golden(component: Component, configs: Configs, tensors: Tensors, request: Request) -> dict[str, Tensor]:
+    """Inputs of every variant and what fp32 eager (TF32 off) makes of them, on the CPU.
+
+    Returns:
+        ``<component>.<variant>.input.<name>`` as the engine takes them (its dtypes), and
+        ``<component>.<variant>.output.<name>`` in fp32.
+    """
+    reference = component.reference(configs[component.source], tensors, request.device)
+    made: dict[str, Tensor] = {}
+    with _exact_fp32():
+        for variant in component.variants:
+            prefix = f"{component.name}.{variant}"
+            inputs = example_inputs(component, configs, request, variant)
+            made.update({f"{prefix}.input.{name}": tensor.cpu() for name, tensor in inputs.items()})
+            exact = {n: t.float() if t.is_floating_point() else t for n, t in inputs.items()}
+            for name, tensor in zip(component.outputs, reference(**exact), strict=True):
+                made[f"{prefix}.output.{name}"] = tensor.float().cpu().contiguous()
+    return made
+
+
+class _exact_fp32:
+    """fp32 products in fp32: TF32 off while golden tensors are made."""
+
+    def __enter__(self) -> None:
+        backends = torch.backends
+        self.before = (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32)
+        backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = False
+
+    def __exit__(self, *error: object) -> None:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before

@@ -1,0 +1,152 @@
+"""The torch backend: ``torch.export`` and AOTInductor, code without weights (``.pt2``)."""
+
+import contextlib
+import os
+import platform
+import shutil
+import unittest.mock
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporters import layout
+from exporters.base import Exporter, ExportError, Request, VariantCode
+from exporters.sdxl import DTYPES, Component, Configs, example_inputs, spec_of
+
+MARCH = {"avx512": "x86-64-v4", "avx2": "x86-64-v3", "sse4": "x86-64-v2"}
+
+
+class TorchExporter(Exporter):
+    """Compiles with AOTInductor for the GPU that is present, or for this machine's CPU level."""
+
+    name = "torch"
+
+    def check_request(self, request: Request) -> None:
+        if request.precision not in DTYPES:
+            raise ExportError(
+                f"The torch backend has no precision {request.precision!r}.", f"It has: {', '.join(DTYPES)}."
+            )
+        if request.device == "cpu":
+            if request.precision != "fp32":
+                raise ExportError(
+                    f"The torch backend runs in fp32 on a CPU, not in {request.precision}.", "Use --precision fp32."
+                )
+            _compiler()
+            return
+        if not torch.cuda.is_available():
+            raise ExportError(
+                f"The torch backend compiles for {request.target} on a machine with that GPU, and torch "
+                f"{torch.__version__} sees none here.",
+                "Run it there, or use --gpu cpu.",
+            )
+        major, minor = torch.cuda.get_device_capability(request.device)
+        if request.target != f"sm{major}{minor}":
+            raise ExportError(
+                f"The torch backend builds for the GPU that is present: {request.target} was asked for and "
+                f"{torch.cuda.get_device_name(request.device)} is sm{major}{minor}.",
+                f"Use --gpu sm{major}{minor}.",
+            )
+        _compiler()
+
+    @torch.no_grad()
+    def _export(
+        self, component: Component, variant: str, configs: Configs, request: Request, out: Path, stem: str
+    ) -> VariantCode:
+        dtype = DTYPES[component.precision(configs, request)]
+        graph = component.graph(configs[component.source], request.device, dtype)
+        renamed = layout.pad_small(graph.module)
+        inputs = example_inputs(component, configs, request, variant)
+        program = torch.export.export(graph.module, (), kwargs=inputs, strict=False)
+        used = _constants(program, stem)
+        parameters = {name: p for name, p in graph.module.named_parameters() if name in used}
+        results = [node.meta["val"] for node in program.graph.find_nodes(op="output")[0].args[0]]
+        file = out / f"{stem}.pt2"
+        _compile(program, file, request)
+        return VariantCode(
+            file=file.name,
+            inputs=tuple(spec_of(name, tensor) for name, tensor in inputs.items()),
+            outputs=tuple(spec_of(name, tensor) for name, tensor in zip(component.outputs, results, strict=True)),
+            constants={name: name for name in parameters},
+            tensors=layout.plan(parameters, graph.sources, renamed),
+        )
+
+
+def _constants(program: torch.export.ExportedProgram, name: str) -> set[str]:
+    """The parameters that the graph reads.
+
+    Code that is shared between checkpoints must take every value that could differ from its
+    inputs, so a constant that is no parameter is refused.
+    """
+    signature = program.graph_signature
+    others = [*signature.inputs_to_buffers.values(), *signature.inputs_to_lifted_tensor_constants.values()]
+    if others:
+        raise RuntimeError(f"{name}: the graph holds constants that are no parameters: {others}")
+    users = {node.name for node in program.graph.nodes if node.users}
+    return {fqn for node, fqn in signature.inputs_to_parameters.items() if node in users}
+
+
+def _compile(program: torch.export.ExportedProgram, file: Path, request: Request) -> None:
+    settings: dict[str, Any] = {
+        "aot_inductor.package_constants_in_so": False,
+        "cpp.dynamic_threads": True,  # else the builder's core count is in the code
+    }
+    try:
+        with _portable(request.target), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
+            torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        lines = str(error).splitlines()
+        first = next((line.strip() for line in lines if "error" in line.lower()), str(error)[:200])
+        raise ExportError(f"The compiler failed on {file.stem}: {first}") from error
+
+
+@contextlib.contextmanager
+def _portable(target: str) -> Iterator[None]:
+    """Compiles host code for the target's instruction set instead of for this very processor.
+
+    Inductor asks g++ for ``-march=native`` and vectorizes for the best unit it finds (AMX): such
+    code dies with SIGILL on another machine of the same level.
+    """
+    from torch._inductor import cpp_builder, cpu_vec_isa
+
+    level = target.removeprefix("cpu-") if target.startswith("cpu-") else "avx2"
+    march = MARCH.get(level)
+    if platform.machine() not in ("x86_64", "AMD64") or march is None:
+        yield  # on other processors the level is in the key as Inductor finds it
+        return
+    plain = {"avx512": cpu_vec_isa.VecAVX512, "avx2": cpu_vec_isa.VecAVX2}.get(level)
+    usable = [plain()] if plain else []
+    flags = cpp_builder._get_optimization_cflags
+
+    def portable_flags(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
+        cflags, ldflags = flags(*args, **kwargs)
+        return [f"march={march}" if flag == "march=native" else flag for flag in cflags], ldflags
+
+    patches: list[contextlib.AbstractContextManager[object]] = [
+        unittest.mock.patch.object(cpp_builder, "_get_optimization_cflags", portable_flags),
+        unittest.mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", lambda: usable),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+def _compiler() -> str:
+    """The C++ compiler that Inductor will call.
+
+    Raises:
+        ExportError: there is none.
+    """
+    asked = os.environ.get("CXX", "g++")
+    if shutil.which(asked.split()[0]) is None:
+        raise ExportError(
+            f"The torch backend compiles with a C++ compiler, and {asked!r} is not on the path.",
+            "Install one (apt-get install g++) or set CXX.",
+        )
+    return asked

@@ -1,0 +1,105 @@
+"""Writes a component's weights file: safetensors, each tensor flat and in physical order.
+
+Loading is then a copy and nothing else. Tensors start at multiples of 256 bytes from a page
+boundary, which compiled kernels' vector loads rely on; safetensors allows no holes, so each is
+stored with the zeros that follow it. The manifest has the shapes and strides.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exporters.base import ExportError, StoredTensor
+
+ALIGNMENT = 256
+PAGE = 4096
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    source: Mapping[str, Tensor],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Streams the tensors of a plan into ``path``, one in memory at a time.
+
+    Args:
+        path: the safetensors file to write.
+        tensors: the plan, from :func:`exporters.layout.plan`.
+        source: the checkpoint's tensors by name.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        ExportError: the checkpoint lacks a tensor or has another shape than the plan.
+    """
+    header, total = _header(tensors)
+    with open(path, "wb") as file:
+        file.write(header)
+        done = 0
+        for name, stored in tensors.items():
+            data = physical(name, stored, source)
+            file.write(data.view(torch.uint8).numpy().data)
+            padding = _padded(data.nbytes) - data.nbytes
+            file.write(b"\0" * padding)
+            done += data.nbytes + padding
+            progress(done, total)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def physical(name: str, stored: StoredTensor, source: Mapping[str, Tensor]) -> Tensor:
+    """A stored tensor's elements in memory order: one dimension, contiguous, on the CPU."""
+    dtype: torch.dtype = getattr(torch, stored.dtype)
+    try:
+        parts = [source[s] for s in stored.sources]
+    except KeyError as error:
+        raise ExportError(f"The checkpoint has no tensor {error.args[0]!r}, which the compiled code reads.") from None
+    logical = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if len(stored.shape) == 1:
+        logical = logical.flatten()
+    missing = stored.shape[0] - logical.shape[0]
+    if len(stored.shape) == 1 and missing > 0:
+        logical = torch.cat([logical, logical.new_zeros(missing)])
+    if tuple(logical.shape) != stored.shape:
+        raise ExportError(
+            f"The checkpoint's {stored.sources[0]} has shape {tuple(logical.shape)}; "
+            f"the compiled code reads {stored.shape}."
+        )
+    out = torch.empty_strided(stored.shape, stored.stride, dtype=dtype)
+    out.copy_(logical)
+    return out.as_strided((out.numel(),), (1,))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _sizes(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, str, int, int]]:
+    for name, stored in tensors.items():
+        width = torch.empty(0, dtype=getattr(torch, stored.dtype)).element_size()
+        yield name, NAMES[stored.dtype], width, _padded(_numel(stored.shape) * width)
+
+
+def _header(tensors: Mapping[str, StoredTensor]) -> tuple[bytes, int]:
+    """safetensors' header, filled up with spaces so that the data begins on a page."""
+    entries: dict[str, object] = {}
+    offset = 0
+    for name, dtype, width, size in _sizes(tensors):
+        entries[name] = {"dtype": dtype, "shape": [size // width], "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % PAGE)
+    return struct.pack("<Q", len(text)) + text, offset

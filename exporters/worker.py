@@ -1,0 +1,54 @@
+"""Compiles one variant in a process of its own: ``python -m exporters.worker``.
+
+Reads a job (JSON) from its arguments' file and writes the result beside it. Its standard input is a
+leash: when it closes, because the builder is done or dead, the worker and its compilers end.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from exporters.base import ExportError, Request
+
+
+def main(job: Path) -> int:
+    """Runs a job file: ``backend``, ``component``, ``variant``, ``configs``, ``request``, ``out``.
+
+    Writes ``<job>.result``: the variant's description, or ``error`` and ``hint``. Returns the exit code.
+    """
+    threading.Thread(target=_end_with_builder, daemon=True).start()
+    asked: dict[str, Any] = json.loads(job.read_bytes())
+    result = job.with_suffix(".result")
+    from exporters import registry, sdxl
+
+    try:
+        code = registry.exporter(asked["backend"]).export(
+            sdxl.component(asked["component"]),
+            asked["variant"],
+            asked["configs"],
+            Request(**asked["request"]),
+            Path(asked["out"]),
+        )
+    except ExportError as error:
+        result.write_text(json.dumps({"error": error.message, "hint": error.hint}))
+        return 1
+    result.write_text(json.dumps(dataclasses.asdict(code)))
+    return 0
+
+
+def _end_with_builder() -> None:
+    while os.read(0, 1024):
+        pass
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # Inductor's worker pool would be waited for
