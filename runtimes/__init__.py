@@ -1,0 +1,34 @@
+"""Loads artifacts and makes pictures. Never imports exporters, diffusers or transformers."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtimes.pipeline import Pipeline
+
+__all__ = ["load"]
+
+
+def load(
+    path: "str | os.PathLike[str] | list[str | os.PathLike[str]]",
+    *,
+    device: "str | torch.device | None" = None,
+    scheduler: Any = None,
+) -> "Pipeline":
+    """Opens an artifact, or several of one model in different resolutions.
+
+    Args:
+        path: an artifact's folder, or a list of them.
+        device: where to run, ``cuda:1`` for example; by default what the artifact was built for.
+        scheduler: any diffusers scheduler instead of the artifact's own Euler.
+
+    Raises:
+        SdxlError: no artifact there, or one that can't run here.
+    """
+    from runtimes.artifact import open_all
+    from runtimes.pipeline import Pipeline
+
+    paths = path if isinstance(path, list) else [path]
+    return Pipeline(open_all(paths, device), scheduler)

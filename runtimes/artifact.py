@@ -1,0 +1,131 @@
+"""An artifact's folder, opened: its manifest, and its engines as they are asked for."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from buildtool.store import manifest as manifests
+from buildtool.store.errors import SdxlError
+from buildtool.store.manifest import Manifest
+from buildtool.store.store import missing_files
+from runtimes import registry
+from runtimes.base import Engine, Size, rebuild_hint
+from runtimes.weights import Weights
+
+Engines = dict[tuple[str, ...], Engine]
+"""Loaded engines by the digests of code and weights: artifacts of several resolutions share them."""
+
+
+class Artifact:
+    """One artifact on one device.
+
+    Args:
+        folder: the artifact's folder.
+        manifest: its manifest, already read.
+        device: where its engines run.
+        weights, engines: shared with the other artifacts of a pipeline.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, device: torch.device, weights: Weights, engines: Engines
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.device = device
+        self._weights = weights
+        self._engines = engines
+        problems = missing_files(folder, manifest)
+        if problems:
+            raise SdxlError(problems[0], rebuild_hint(manifest))
+        for name in {component.loader for component in manifest.components.values()}:
+            registry.loader(name).check_machine(folder, manifest, device)
+
+    @property
+    def size(self) -> Size:
+        """(width, height) in pixels."""
+        return self.manifest.key.width, self.manifest.key.height
+
+    @property
+    def batch(self) -> int:
+        return self.manifest.key.batch
+
+    def engine(self, component: str, variant: str = "main") -> Engine:
+        """A loaded variant. One whose check was deferred to this machine is checked first.
+
+        Raises:
+            SdxlError: a file is missing or changed, or the check fails.
+        """
+        described = self.manifest.components[component]
+        form = described.variants[variant]
+        files = [form.file, described.weights] if described.weights else [form.file]
+        digests = (component, variant, *(self.manifest.files[f].sha256 for f in files))
+        if digests not in self._engines:
+            made = self.unchecked_engine(component, variant)
+            if form.check.status == "deferred":
+                from runtimes import check
+
+                check.ensure(self, component, variant, made)
+            self._engines[digests] = made
+        return self._engines[digests]
+
+    def unchecked_engine(self, component: str, variant: str) -> Engine:
+        """A variant loaded anew, whatever its check says; for checking it."""
+        loader = registry.loader(self.manifest.components[component].loader)
+        return loader.engine(self.folder, self.manifest, component, variant, self.device, self._weights)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the artifact, such as ``scheduler.json``."""
+        import json
+
+        try:
+            parsed: dict[str, Any] = json.loads((self.folder / name).read_bytes())
+        except FileNotFoundError:
+            raise SdxlError(f"{self.folder} lacks the file {name}.", "Check it: sdxl-build verify") from None
+        except ValueError:
+            raise SdxlError(f"{self.folder / name} is no JSON.", "Check it: sdxl-build verify") from None
+        return parsed
+
+
+def device_for(manifest: Manifest, asked: str | torch.device | None) -> torch.device:
+    """The device that an artifact runs on: its target's, or the one asked for if it is of that kind.
+
+    Raises:
+        SdxlError: the artifact is for a GPU and torch sees none, or for another kind of device.
+    """
+    kind = "cpu" if manifest.key.target.startswith("cpu") else "cuda"
+    device = torch.device(asked) if asked is not None else torch.device(kind)
+    if device.type != kind:
+        raise SdxlError(f"The artifact was built for {manifest.key.target}; it can't run on {device}.")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise SdxlError(
+                f"The artifact was built for {manifest.key.target}, and torch {torch.__version__} sees no GPU here.",
+                "See what is there: sdxl-build doctor",
+            )
+        device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+    return device
+
+
+def open_all(paths: list[str | os.PathLike[str]], device: str | torch.device | None) -> list[Artifact]:
+    """Opens artifacts of the same model that differ in resolution, on one device.
+
+    Raises:
+        SdxlError: a folder is no artifact, can't run here, or doesn't belong to the others.
+    """
+    if not paths:
+        raise SdxlError("No artifact was named.", "List what is there with: sdxl-build ls")
+    read = [(Path(path), manifests.read(path)) for path in paths]
+    where = device_for(read[0][1], device)
+    weights, engines = Weights(where), Engines()
+    first = read[0][1].key
+    sizes: dict[Size, Path] = {}
+    for path, manifest in read:
+        key = manifest.key
+        if (key.tokenizers, key.configs["scheduler"]) != (first.tokenizers, first.configs["scheduler"]):
+            raise SdxlError(f"{path} and {read[0][0]} are of different models; load them one at a time.")
+        if (key.width, key.height) in sizes:
+            raise SdxlError(f"{path} and {sizes[key.width, key.height]} both make {key.width}x{key.height}.")
+        sizes[key.width, key.height] = path
+    return [Artifact(path, manifest, where, weights, engines) for path, manifest in read]

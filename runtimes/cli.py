@@ -1,0 +1,309 @@
+"""``sdxl-run``: prompts in, PNGs out."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import msgspec
+
+from buildtool.store import manifest as manifests
+from buildtool.store.errors import SdxlError
+from buildtool.store.manifest import Manifest
+from runtimes import jobs
+from runtimes.jobs import MAX_SEED, Job
+from runtimes.names import Names
+
+# torch, the pipeline and rich are imported where they are used: --help and wrong options answer at once.
+
+INTERRUPTED = 130
+
+
+def _digests(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    digests = tuple(value.lower().removeprefix("sha256:") for value in values)
+    for digest in digests:
+        if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise click.BadParameter(f"{digest!r} is not a sha256 digest of 64 hexadecimal digits.")
+    return digests
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    required=True,
+    type=click.Path(),
+    metavar="DIR",
+    envvar="SDXL_ENGINE",
+    help="Artifact that sdxl-build made. Repeat it for several resolutions of one model.",
+)
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to draw; repeatable.")
+@click.option(
+    "--prompts",
+    "prompts_file",
+    metavar="FILE",
+    help="One prompt a line, or JSON lines with a prompt and any of negative_prompt, seed, width, height, steps, "
+    'guidance, guidance_until, num_images, out. "-" reads JSON lines from stdin and answers each with one on stdout.',
+)
+@click.option("--negative-prompt", metavar="TEXT", help="What to keep out of the picture.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, MAX_SEED),
+    help="Seed of the first picture; the next ones count up.  [default: a random one, which is said]",
+)
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Denoising steps.")
+@click.option("--guidance", type=click.FloatRange(0), default=5.0, show_default=True, help="Guidance scale.")
+@click.option(
+    "--guidance-until",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    metavar="FRACTION",
+    help="Part of the steps that is guided; the rest runs about twice as fast.",
+)
+@click.option(
+    "--num-images", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures of each prompt."
+)
+@click.option("--width", type=click.IntRange(1), metavar="PIXELS", help="Choose among the engines' sizes.")
+@click.option("--height", type=click.IntRange(1), metavar="PIXELS", help="Choose among the engines' sizes.")
+@click.option(
+    "--out",
+    metavar="PATH",
+    envvar="SDXL_OUT",
+    help="A .png file, a folder (ending in /), or a pattern with {seed} {index} {prompt} {width} {height} {steps} "
+    "{guidance}. Two pictures of a run never get one name: the second fox.png is fox-2.png.  "
+    "[default: sdxl-{seed}.png, replacing nothing]",
+)
+@click.option(
+    "--expect-digest",
+    "digests",
+    multiple=True,
+    metavar="HEX",
+    callback=_digests,
+    help="Refuse an artifact whose manifest has another digest or whose files have changed, before any of its "
+    "code is loaded. With several --engine, one for each.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of paths.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, seed or times on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done.")
+def command(
+    engines: tuple[str, ...],
+    prompts: tuple[str, ...],
+    prompts_file: str | None,
+    out: str | None,
+    digests: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **settings: Any,
+) -> None:
+    """Make pictures with a compiled SDXL artifact.
+
+    The pictures' paths go to stdout, one a line; progress, times and peak memory to stderr.
+
+    \b
+    sdxl-run --engine "$(sdxl-build torch --model tiny --gpu cpu)" --prompt "a red fox" --seed 1
+    """
+    if bool(prompts) == bool(prompts_file):
+        raise click.UsageError("Give either --prompt TEXT (repeatable) or --prompts FILE.")
+    try:
+        options = Job(
+            prompt="", **{**settings, "seed": _random_seed() if settings["seed"] is None else settings["seed"]}
+        )
+        asked = [Job(prompt=prompt) for prompt in prompts]
+        places = Names(out)
+    except (ValueError, SdxlError) as error:
+        raise click.UsageError(str(error)) from None
+    run = Run(_folders(engines), digests, options, places, quiet=quiet)
+    if settings["seed"] is None and not quiet:
+        click.echo(f"Seed: {options.seed}", err=True)
+    with _log_to_stderr(verbose):
+        try:
+            if prompts_file == "-":
+                run.serve()
+            else:
+                run.make(jobs.read(Path(prompts_file)) if prompts_file else asked, as_json)
+        except KeyboardInterrupt:
+            count = len(run.saved)
+            click.echo(f"\nInterrupted; {count} picture{'s are' if count != 1 else ' is'} saved.", err=True)
+            raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+class Run:
+    """What the options ask for. Artifacts are read and checked here, before torch is imported."""
+
+    def __init__(
+        self, folders: Sequence[Path], digests: Sequence[str], options: Job, places: Names, *, quiet: bool
+    ) -> None:
+        from runtimes.session import Planner
+
+        self._start = time.perf_counter()
+        self._folders = folders
+        self._quiet = quiet
+        found = [manifests.read(folder) for folder in folders]
+        if digests:
+            for folder, manifest in zip(folders, found, strict=True):
+                _expect(folder, manifest, digests)
+        self._planner = Planner(found, options, places)
+        self.saved: list[Any] = []
+
+    def make(self, asked: Sequence[Job], as_json: bool) -> None:
+        """All jobs, then the answer: paths as they come, or one object at the end."""
+        pictures = self._planner.plan(asked)
+        session = self._load()
+        try:
+            for picture in session.render(pictures):
+                if not as_json:
+                    click.echo(picture.path)
+        finally:  # also after Ctrl-C or a full disk: what is saved is answered for
+            report = self._report(session)
+            if as_json and self.saved:
+                click.echo(msgspec.json.encode(report).decode())
+
+    def serve(self) -> None:
+        """Answers each JSON line of stdin with one on stdout; a wrong line gets an error and the next one runs."""
+        session = self._load()
+        for number, line in enumerate(iter(sys.stdin.buffer.readline, b""), 1):
+            if not line.strip():
+                continue
+            answer: dict[str, Any] = {"line": number}
+            start = time.perf_counter()
+            try:
+                pictures = self._planner.plan([jobs.parse_line(line)])
+                answer["images"] = [picture.as_dict() for picture in session.render(pictures)]
+                answer["seconds"] = round(time.perf_counter() - start, 4)
+            except SdxlError as error:
+                answer["error"] = str(error)
+            click.echo(msgspec.json.encode(answer).decode())
+        self._report(session)
+
+    def _load(self) -> Any:
+        import runtimes
+        from runtimes.session import Session
+
+        start = time.perf_counter()
+        pipeline = runtimes.load([*self._folders])
+        session = Session(pipeline, self._bar)
+        session.seconds["load"] = time.perf_counter() - start
+        self.saved = session.saved
+        return session
+
+    def _report(self, session: Any) -> dict[str, Any]:
+        session.seconds["total"] = time.perf_counter() - self._start
+        report: dict[str, Any] = session.report()
+        if not self._quiet and self.saved:
+            click.echo(_summary(report), err=True)
+        return report
+
+    @contextmanager
+    def _bar(self, title: str) -> Iterator[Any]:
+        """A progress bar on stderr, gone when done; nothing where stderr is no terminal."""
+        if self._quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        # stdout stays as it is: rich would send the paths to stderr.
+        with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _summary(report: dict[str, Any]) -> str:
+    from buildtool.store.files import human_size
+
+    parts = []
+    for stage, seconds in report["seconds"].items():
+        rate = f" ({report['steps_per_second']:.2f} steps/s)" if stage == "denoise" and seconds else ""
+        parts.append(f"{stage} {seconds:.2f} s{rate}")
+    peak = report["peak_memory_bytes"]
+    parts.append(f"peak memory {human_size(peak['process'])}")
+    if "cuda" in peak:
+        parts.append(f"on the GPU {human_size(peak['cuda'])}")
+    return ", ".join(parts)
+
+
+def _random_seed() -> int:
+    import secrets
+
+    return secrets.randbelow(2**32)
+
+
+def _folders(engines: Sequence[str]) -> list[Path]:
+    """``sdxl-build`` prints one path a line, so that "$(sdxl-build …)" of two resolutions holds two."""
+    lines = [line for engine in engines for line in engine.splitlines() if line.strip()]
+    if not lines or not all(engine.strip() for engine in engines):
+        raise SdxlError("--engine is empty.", "Did the command that should have printed the artifact's path fail?")
+    return [Path(line) for line in lines]
+
+
+def _expect(folder: Path, manifest: Manifest, digests: Sequence[str]) -> None:
+    """Refuses an artifact that is not one of those expected; the manifest's digest stands for all files."""
+    if manifest.digest not in digests:
+        raise SdxlError(
+            f"{folder} has the manifest digest {manifest.digest}; expected was {', '.join(digests)}.",
+            f"See what it is: sdxl-build show {folder}",
+        )
+    from buildtool.store.store import verify_files
+
+    problems = verify_files(folder)
+    if problems:
+        raise SdxlError(
+            f"{folder} is not what its manifest says: {problems[0]}", f"See all: sdxl-build verify {folder}"
+        )
+
+
+class _Handler(logging.Handler):
+    """Each message once: the same prompt may come a hundred times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self._seen:
+            self._seen.add(text)
+            prefix = f"{record.levelname.capitalize()}: " if record.levelno >= logging.WARNING else ""
+            click.echo(prefix + text, err=True)  # through sys.stderr, which a progress bar replaces
+
+
+@contextmanager
+def _log_to_stderr(verbose: bool) -> Iterator[None]:
+    logger = logging.getLogger("runtimes")
+    handler, level = _Handler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits: 0, 1 for what a user can mend, 2 for wrong usage, 130 after Ctrl-C."""
+    try:
+        code = command.main(args, prog_name="sdxl-run", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except SdxlError as error:
+        click.echo(f"Error: {error}", err=True)
+        code = 1
+    except click.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # click takes it for Ctrl-D; nothing here asks questions
+            raise abort.__cause__ from None
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The UNet as the loop sees it: conditions once, then one call a step, in chunks of any batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runtimes.artifact import Artifact
+from runtimes.base import Engine
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told besides latents and time, for all N images of a run.
+
+    ``prompt_embeds`` (N, 77, D), ``pooled_prompt_embeds`` (N, P), ``time_ids`` (N, 6); the negative
+    ones have the same shapes, and are read only in guided steps.
+    """
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    time_ids: Tensor
+    negative_prompt_embeds: Tensor
+    negative_pooled_prompt_embeds: Tensor
+    negative_time_ids: Tensor
+
+
+class Denoiser:
+    """Predicts the noise of N latents with an artifact's UNet of batch B.
+
+    ``prepare`` lays the conditions out once a run; calling it with a step's number runs that step.
+    The first ``guided`` steps use the variant ``cfg`` (unconditional and conditional in one batch),
+    the rest ``nocfg``.
+
+    Args:
+        artifact: where the variants come from; each is loaded when a run first needs it.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._chunks: list[slice] = []
+        self._conditions: dict[str, list[dict[str, Tensor]]] = {}
+        self._engines: dict[str, Engine] = {}
+        self._samples: dict[str, Tensor] = {}
+
+    def prepare(
+        self,
+        conditioning: Conditioning,
+        timesteps: Tensor,
+        *,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guided: int = 0,
+    ) -> None:
+        """Lays out what stays the same for a run.
+
+        Args:
+            conditioning: for all N images.
+            timesteps: (steps,), of the steps that will run.
+            guidance_scale: weight of the prompt against the negative prompt in guided steps.
+            guidance_rescale: phi of arXiv 2305.08891, section 3.4; 0 leaves it out.
+            guided: how many of the steps, from the first, are guided.
+        """
+        batch, device = self._artifact.batch, self._artifact.device
+        count = conditioning.prompt_embeds.shape[0]
+        self._chunks = [slice(i, min(i + batch, count)) for i in range(0, count, batch)]
+        self._times = timesteps.to(device=device, dtype=torch.float32).reshape(-1, 1)
+        self._guided, self._scale, self._rescale = guided, guidance_scale, guidance_rescale
+        self._conditions = {}
+        for variant, needed in (("cfg", guided > 0), ("nocfg", guided < len(timesteps))):
+            if needed:
+                self._engines[variant] = self._artifact.engine("unet", variant)
+                self._conditions[variant] = [self._lay_out(variant, conditioning, c) for c in self._chunks]
+                sample = self._engines[variant].inputs[0]
+                self._samples[variant] = torch.zeros(sample.shape, dtype=getattr(torch, sample.dtype), device=device)
+
+    def __call__(self, latents: Tensor, i: int) -> Tensor:
+        """The predicted noise (N, C, h, w) of scaled latents (N, C, h, w) at step ``i``."""
+        variant = "cfg" if i < self._guided else "nocfg"
+        engine, sample, batch = self._engines[variant], self._samples[variant], self._artifact.batch
+        noise = torch.empty_like(latents)
+        for chunk, conditions in zip(self._chunks, self._conditions[variant], strict=True):
+            here = latents[chunk]
+            count = here.shape[0]
+            sample[:count].copy_(here)
+            if variant == "cfg":
+                sample[batch : batch + count].copy_(here)
+            (out,) = engine(sample=sample, timestep=self._times[i], **conditions)
+            noise[chunk] = self._guide(out[:count], out[batch : batch + count]) if variant == "cfg" else out[:count]
+        return noise
+
+    def _guide(self, uncond: Tensor, text: Tensor) -> Tensor:
+        guided = uncond + self._scale * (text - uncond)
+        return rescale(guided, text, self._rescale) if self._rescale > 0 else guided
+
+    def _lay_out(self, variant: str, conditioning: Conditioning, chunk: slice) -> dict[str, Tensor]:
+        """The conditions of one chunk, padded with its last image up to the engine's batch."""
+        engine, batch = self._engines[variant], self._artifact.batch
+        dtypes = {spec.name: getattr(torch, spec.dtype) for spec in engine.inputs}
+        pairs = {
+            "encoder_hidden_states": (conditioning.negative_prompt_embeds, conditioning.prompt_embeds),
+            "text_embeds": (conditioning.negative_pooled_prompt_embeds, conditioning.pooled_prompt_embeds),
+            "time_ids": (conditioning.negative_time_ids, conditioning.time_ids),
+        }
+
+        def padded(tensor: Tensor) -> Tensor:
+            part = tensor[chunk]
+            return torch.cat([part, part[-1:].expand(batch - part.shape[0], *part.shape[1:])])
+
+        laid_out: dict[str, Tensor] = {}
+        for name, (negative, positive) in pairs.items():
+            rows = [negative, positive] if variant == "cfg" else [positive]
+            joined = torch.cat([padded(tensor) for tensor in rows])
+            laid_out[name] = joined.to(device=self._artifact.device, dtype=dtypes[name]).contiguous()
+        return laid_out
+
+
+def rescale(guided: Tensor, text: Tensor, phi: float) -> Tensor:
+    """Brings guided noise back to the deviation of the prompt's own (arXiv 2305.08891, section 3.4)."""
+    axes = list(range(1, text.ndim))
+    factor = text.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
+    return phi * (guided * factor) + (1 - phi) * guided

@@ -1,0 +1,46 @@
+"""Latents to pictures: decoding in chunks, and diffusers' ``VaeImageProcessor.postprocess``."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from runtimes.artifact import Artifact
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+
+
+def decode(artifact: Artifact, latents: Tensor) -> Tensor:
+    """Pixels (N, 3, H, W) in about -1…1 of the loop's latents (N, C, h, w), in chunks of the batch."""
+    config = artifact.manifest.pipeline
+    engine = artifact.engine("vae_decoder")
+    want = engine.inputs[0]
+    latents = latents.to(getattr(torch, want.dtype))
+    if config.latents_mean is not None and config.latents_std is not None:
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        latents = latents * std / config.scaling_factor + mean
+    else:
+        latents = latents / config.scaling_factor
+    batch, pictures = artifact.batch, []
+    for start in range(0, latents.shape[0], batch):
+        part = latents[start : start + batch]
+        count = part.shape[0]
+        full = torch.cat([part, part[-1:].expand(batch - count, *part.shape[1:])]).contiguous()
+        pictures.append(engine(latents=full)[0][:count].clone())
+    return torch.cat(pictures)
+
+
+def postprocess(pixels: Tensor, output_type: OutputType) -> Any:
+    """Pixels (N, 3, H, W) in -1…1 to ``pt`` (N, 3, H, W) in 0…1, ``np`` (N, H, W, 3) or a list of PIL images."""
+    pixels = (pixels * 0.5 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return pixels
+    array = pixels.cpu().permute(0, 2, 3, 1).float().numpy()
+    if output_type == "np":
+        return array
+    from PIL import Image
+
+    return [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]

@@ -1,0 +1,345 @@
+"""``StableDiffusionXLPipeline.__call__`` on compiled engines."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buildtool.store.errors import SdxlError
+from buildtool.store.manifest import Manifest
+from runtimes import encode, images
+from runtimes.artifact import Artifact
+from runtimes.base import Clock, Size
+from runtimes.denoiser import Conditioning, Denoiser
+from runtimes.euler import EulerDiscrete
+
+Generators = torch.Generator | list[torch.Generator] | None
+REFUSED = ("clip_skip", "cross_attention_kwargs", "ip_adapter_image", "ip_adapter_image_embeds")
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """``images``: a list of PIL images, or (N, H, W, 3) numpy, (N, 3, H, W) torch, latents (N, C, h, w)."""
+
+    images: Any
+
+
+@dataclass
+class Pipeline:
+    """SDXL on the engines of one or several artifacts (several resolutions of one model).
+
+    Args:
+        artifacts: opened artifacts that share a device and a model.
+        scheduler: ``EulerDiscrete`` from the artifact's ``scheduler.json``, or any diffusers scheduler.
+    """
+
+    artifacts: Sequence[Artifact]
+    scheduler: Any = None
+    _parts: dict[Size, tuple[encode.PromptEncoder, Denoiser]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.scheduler is None:
+            self.scheduler = EulerDiscrete.from_config(self.artifacts[0].json("scheduler.json"))
+        self._clock = Clock(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.artifacts[0].device
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(width, height) of every artifact."""
+        return [artifact.size for artifact in self.artifacts]
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds of the last call by stage: ``load`` (engines that it was first to need), ``encode``,
+        ``denoise``, ``decode``."""
+        return dict(self._clock.seconds)
+
+    def manifest(self, width: int, height: int) -> Manifest:
+        """The manifest of the artifact that makes this size."""
+        return self._artifact(height, width).manifest
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 5.0,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: images.OutputType = "pil",
+        return_dict: bool = True,
+        guidance_rescale: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        guidance_until: float = 1.0,
+        progress: Callable[[int, int], None] | None = None,
+        **refused: Any,
+    ) -> PipelineOutput | tuple[Any]:
+        """Makes pictures; arguments and defaults are diffusers' own.
+
+        Args beyond diffusers':
+            guidance_until: fraction of the steps that are guided: ``int(n * f) + 1`` of the n that run
+                for f below 1, all for 1.
+            progress: called with (steps done, steps in all).
+
+        Raises:
+            SdxlError: a size that no artifact makes, or an argument that a compiled graph can't serve.
+            ValueError, TypeError: arguments that contradict each other, as in diffusers.
+        """
+        _refuse(refused, callback_on_step_end_tensor_inputs)
+        if not 0.0 <= guidance_until <= 1.0:
+            raise ValueError(f"guidance_until is a fraction from 0 to 1, not {guidance_until}.")
+        artifact = self._artifact(height, width)
+        encoder, denoiser = self._parts_of(artifact)
+        width, height = artifact.size
+        guides = guidance_scale > 1
+        self._clock.start()
+        self._load(
+            artifact, texts=prompt is not None, guides=guides, until=guidance_until, decodes=output_type != "latent"
+        )
+        self._clock.stop("load")
+
+        # 1. Conditions, one row an image: every prompt times num_images_per_prompt.
+        texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2)
+        positive, negative = texts.embeddings(
+            encoder,
+            (prompt_embeds, pooled_prompt_embeds),
+            (negative_prompt_embeds, negative_pooled_prompt_embeds),
+            zeros=artifact.manifest.pipeline.force_zeros_for_empty_prompt,
+            guides=guides,
+        )
+        count = positive[0].shape[0] * num_images_per_prompt
+        embeds, pooled = (each.repeat_interleave(num_images_per_prompt, dim=0) for each in positive)
+        sizes = encode.time_ids(original_size or (height, width), crops_coords_top_left, target_size or (height, width))
+        negative_sizes = sizes
+        if negative_original_size is not None and negative_target_size is not None:
+            negative_sizes = encode.time_ids(
+                negative_original_size, negative_crops_coords_top_left, negative_target_size
+            )
+        without, pooled_without = (each.repeat_interleave(num_images_per_prompt, dim=0) for each in negative)
+        conditioning = Conditioning(
+            embeds, pooled, sizes.repeat(count, 1), without, pooled_without, negative_sizes.repeat(count, 1)
+        )
+        self._clock.stop("encode")
+
+        # 2. Time steps and noise.
+        steps = self._timesteps(num_inference_steps, timesteps, sigmas, denoising_end)
+        latents = self._latents(artifact, count, embeds.dtype, generator, latents)
+        guided = len(steps) if guidance_until == 1 else min(int(len(steps) * guidance_until) + 1, len(steps))
+        denoiser.prepare(
+            conditioning,
+            steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guided=guided if guides else 0,
+        )
+        extra = self._step_arguments(eta, generator)
+
+        # 3. The loop.
+        for i, t in enumerate(steps):
+            scaled = self.scheduler.scale_model_input(latents, t)
+            noise = denoiser(scaled, i)
+            latents = self.scheduler.step(noise, t, latents, **extra, return_dict=False)[0].to(latents.dtype)
+            if callback_on_step_end is not None:
+                changed = callback_on_step_end(self, i, t, {"latents": latents}) or {}
+                latents = changed.get("latents", latents)
+            if progress is not None:
+                progress(i + 1, len(steps))
+        self._clock.stop("denoise")
+
+        # 4. Pictures.
+        if output_type == "latent":
+            made = latents
+        else:
+            made = images.postprocess(images.decode(artifact, latents), output_type)
+        self._clock.stop("decode")
+        return PipelineOutput(made) if return_dict else (made,)
+
+    def _artifact(self, height: int | None, width: int | None) -> Artifact:
+        """The artifact that makes a size; the first where none is asked for.
+
+        Raises:
+            SdxlError: none of the loaded artifacts makes it.
+        """
+        first = self.artifacts[0]
+        wanted = (width or first.size[0], height or first.size[1])
+        for artifact in self.artifacts:
+            if artifact.size == wanted:
+                return artifact
+        there = ", ".join(f"{w}x{h}" for w, h in self.sizes)
+        raise SdxlError(
+            f"No loaded artifact makes {wanted[0]}x{wanted[1]}; they make: {there}.",
+            f"Build it: {' '.join(_with_size(first.manifest.command, wanted))}",
+        )
+
+    def _load(self, artifact: Artifact, *, texts: bool, guides: bool, until: float, decodes: bool) -> None:
+        """Loads the engines that a call will use, so that no stage's time holds a load."""
+        wanted = {
+            ("text_encoder", "main"): texts,
+            ("text_encoder_2", "main"): texts,
+            ("unet", "cfg"): guides,
+            ("unet", "nocfg"): not guides or until < 1,
+            ("vae_decoder", "main"): decodes,
+        }
+        for (component, variant), needed in wanted.items():
+            if needed:
+                artifact.engine(component, variant)
+
+    def _parts_of(self, artifact: Artifact) -> tuple[encode.PromptEncoder, Denoiser]:
+        if artifact.size not in self._parts:
+            self._parts[artifact.size] = (encode.PromptEncoder(artifact), Denoiser(artifact))
+        return self._parts[artifact.size]
+
+    def _timesteps(
+        self, steps: int, timesteps: list[int] | None, sigmas: list[float] | None, denoising_end: float | None
+    ) -> Tensor:
+        """The time steps that will run, (steps,), as diffusers' ``retrieve_timesteps`` and ``denoising_end``."""
+        if timesteps is not None and sigmas is not None:
+            raise ValueError("Only one of timesteps or sigmas can be passed.")
+        if timesteps is not None:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=self.device)
+        elif sigmas is not None:
+            self.scheduler.set_timesteps(sigmas=sigmas, device=self.device)
+        else:
+            self.scheduler.set_timesteps(steps, device=self.device)
+        times: Tensor = self.scheduler.timesteps
+        if denoising_end is not None and 0 < denoising_end < 1:
+            trained = self.scheduler.config.num_train_timesteps
+            cutoff = round(trained - denoising_end * trained)
+            times = times[: int((times >= cutoff).sum())]
+        return times
+
+    def _latents(
+        self, artifact: Artifact, count: int, dtype: torch.dtype, generator: Generators, given: Tensor | None
+    ) -> Tensor:
+        """Start noise (N, C, h, w): drawn as diffusers' ``randn_tensor`` draws it, or given, and scaled."""
+        from runtimes.noise import randn
+
+        config, (width, height) = artifact.manifest.pipeline, artifact.size
+        factor = config.vae_scale_factor
+        shape = (count, config.latent_channels, height // factor, width // factor)
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"There are {len(generator)} generators for {count} images.")
+        if given is None:
+            given = randn(shape, generator, self.device, dtype)
+        elif tuple(given.shape) != shape:
+            raise ValueError(
+                f"latents have shape {tuple(given.shape)}; {count} images of {width}x{height} take {shape}."
+            )
+        return given.to(device=self.device, dtype=dtype) * self.scheduler.init_noise_sigma
+
+    def _step_arguments(self, eta: float, generator: Generators) -> dict[str, Any]:
+        """What this scheduler's ``step`` takes besides noise, time and sample."""
+        taken = inspect.signature(self.scheduler.step).parameters
+        return {n: v for n, v in (("eta", eta), ("generator", generator)) if n in taken}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The four prompts of a call, each one text or a list of as many as there are prompts."""
+
+    prompt: str | list[str] | None
+    prompt_2: str | list[str] | None
+    negative_prompt: str | list[str] | None
+    negative_prompt_2: str | list[str] | None
+
+    def embeddings(
+        self,
+        encoder: encode.PromptEncoder,
+        positive: tuple[Tensor | None, Tensor | None],
+        negative: tuple[Tensor | None, Tensor | None],
+        *,
+        zeros: bool,
+        guides: bool,
+    ) -> tuple[encode.Encoded, encode.Encoded]:
+        """(prompt_embeds, pooled) and the negative pair, one row a prompt; given embeddings win over texts.
+
+        Without a negative prompt the negative pair is zeros where the model says so (``zeros``).
+        """
+        embeds, pooled = positive
+        if self.prompt is not None and embeds is not None:
+            raise ValueError("Pass prompt or prompt_embeds, not both.")
+        if self.prompt is None and embeds is None:
+            raise ValueError("Pass prompt or prompt_embeds.")
+        if embeds is not None and pooled is None:
+            raise ValueError("prompt_embeds go with pooled_prompt_embeds; pass both.")
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt or []
+        rows = len(prompts) if embeds is None else embeds.shape[0]
+        if rows == 0:
+            raise ValueError("There is no prompt.")
+        if embeds is None or pooled is None:
+            embeds, pooled = encoder(list(zip(prompts, _rows(self.prompt_2, prompts, "prompt_2"), strict=True)))
+        out, (negative_embeds, negative_pooled) = (embeds, pooled), negative
+        if not guides:
+            return out, out
+        if negative_embeds is not None and negative_pooled is not None:
+            return out, (negative_embeds, negative_pooled)
+        if negative_embeds is not None or negative_pooled is not None:
+            raise ValueError("negative_prompt_embeds go with negative_pooled_prompt_embeds; pass both.")
+        if self.negative_prompt is None and zeros:
+            return out, (torch.zeros_like(embeds), torch.zeros_like(pooled))
+        texts = _rows(self.negative_prompt or "", [""] * rows, "negative_prompt")
+        return out, encoder(list(zip(texts, _rows(self.negative_prompt_2, texts, "negative_prompt_2"), strict=True)))
+
+
+def _rows(texts: str | list[str] | None, default: list[str], name: str) -> list[str]:
+    """One text a prompt: the default where none is given, one text for all, or a list of the same length."""
+    if not texts:
+        return default
+    if isinstance(texts, str):
+        return [texts] * len(default)
+    if len(texts) != len(default):
+        raise ValueError(f"{name} has {len(texts)} texts for {len(default)} prompts.")
+    return texts
+
+
+def _refuse(arguments: dict[str, Any], callback_inputs: Sequence[str]) -> None:
+    """Arguments of diffusers that a compiled graph can't serve are refused by name.
+
+    Raises:
+        SdxlError: one of them is set.
+        TypeError: no such argument.
+    """
+    for name, value in arguments.items():
+        if name not in REFUSED:
+            raise TypeError(f"Pipeline() has no argument {name!r}.")
+        if value is not None:
+            raise SdxlError(f"{name} changes the network, and a compiled graph is fixed.", f"Leave {name} out.")
+    others = [name for name in callback_inputs if name != "latents"]
+    if others:
+        raise SdxlError(
+            f"A callback can see and change latents, not {', '.join(others)}: conditions are laid out once."
+        )
+
+
+def _with_size(command: Sequence[str], size: Size) -> list[str]:
+    """A build command with its resolution replaced."""
+    kept = [a for i, a in enumerate(command) if a != "--resolution" and (i == 0 or command[i - 1] != "--resolution")]
+    return [*kept, "--resolution", f"{size[0]}x{size[1]}"]

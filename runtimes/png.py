@@ -1,0 +1,73 @@
+"""PNGs that say how they were made, in the form that web UIs read, and by which artifact."""
+
+import io
+import json
+from typing import Any
+
+import msgspec
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from buildtool.store.manifest import Manifest
+from runtimes.jobs import Parameters
+
+CHUNK = "sdxl-build"
+
+
+def encode(image: Image.Image, parameters: Parameters, manifest: Manifest) -> bytes:
+    """A PNG with two text chunks.
+
+    ``parameters`` is the text of AUTOMATIC1111's web UI; ``sdxl-build`` is JSON with the
+    parameters, the artifact's key and the digest of its manifest.
+    """
+    key = manifest.key
+    artifact = {
+        "key": manifest.key_digest,
+        "manifest": manifest.digest,
+        "backend": key.backend,
+        "model": key.model,
+        "revision": key.revision,
+        "target": key.target,
+        "batch": key.batch,
+        "precision": key.precision,
+        "vae": key.vae,
+    }
+    info = PngInfo()
+    info.add_text("parameters", web_ui_text(parameters, manifest))
+    own = {**msgspec.to_builtins(parameters), "artifact": artifact}
+    info.add_text(CHUNK, json.dumps(own))
+    data = io.BytesIO()
+    # At 1024x1024, level 4 takes a quarter of the time of the default 6, for files of the same size.
+    image.save(data, format="PNG", pnginfo=info, compress_level=4)
+    return data.getvalue()
+
+
+def web_ui_text(parameters: Parameters, manifest: Manifest) -> str:
+    """The prompt, the negative prompt if there is one, and a line of settings."""
+    p, scheduler = parameters, manifest.key.configs.get("scheduler", {})
+    settings: dict[str, Any] = {
+        "Steps": p.steps,
+        "Sampler": "Euler",
+        "Schedule type": _schedule(scheduler),
+        "CFG scale": f"{p.guidance:g}",
+        "Seed": p.seed,
+        "Size": f"{p.width}x{p.height}",
+        "Model": manifest.key.model,
+        "Guidance until": f"{p.guidance_until:g}" if p.guidance_until < 1 else None,
+        "Artifact": manifest.key_digest[:12],
+    }
+    line = ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)
+    negative = [f"Negative prompt: {p.negative_prompt}"] if p.negative_prompt else []
+    return "\n".join([p.prompt, *negative, line])
+
+
+def _schedule(scheduler: dict[str, Any]) -> str | None:
+    if scheduler.get("use_karras_sigmas"):
+        return "Karras"
+    return "Exponential" if scheduler.get("use_exponential_sigmas") else None
+
+
+def _quoted(value: object) -> str:
+    """As the web UI quotes values that hold its own separators."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text

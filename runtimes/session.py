@@ -1,0 +1,231 @@
+"""One run of ``sdxl-run``: jobs to calls of the pipeline, pictures to files, and what it all took."""
+
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from buildtool.store.errors import SdxlError
+from buildtool.store.manifest import Manifest
+from runtimes import names
+from runtimes.jobs import Job, Parameters
+
+Size = tuple[int, int]
+Progress = Callable[[int, int], None] | None
+Bar = Callable[[str], AbstractContextManager[Progress]]
+
+
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
+    """One picture to make."""
+
+    index: int
+    """Its number in the run, from 0."""
+    path: Path
+    parameters: Parameters
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"path": str(self.path), "index": self.index, **msgspec.to_builtins(self.parameters)}
+
+
+class Planner:
+    """Gives every picture of a run its seed, size and file name.
+
+    Args:
+        manifests: of the artifacts that will be loaded, in order; the first gives the default size.
+        options: the command line's settings; ``seed`` is the run's.
+        names: where pictures go.
+    """
+
+    def __init__(self, manifests: Sequence[Manifest], options: Job, names: names.Names) -> None:
+        self._manifests = manifests
+        self._options = options
+        self._names = names
+        self._count = 0
+
+    def plan(self, jobs: Sequence[Job]) -> list[Picture]:
+        """The pictures of some jobs. Picture i of the run has the seed ``seed + i``; in a job with
+        its own seed, counting starts anew.
+
+        Raises:
+            SdxlError: a size that no artifact makes, a wrong pattern, a folder that can't be written to.
+        """
+        before = self._count
+        try:
+            pictures = [picture for job in jobs for picture in self._pictures(job)]
+            for folder in dict.fromkeys(picture.path.parent for picture in pictures):
+                names.check_folder(folder)
+        except SdxlError:
+            self._count = before  # a line of stdin that is refused takes no seeds from the next ones
+            raise
+        return pictures
+
+    def _pictures(self, job: Job) -> Iterator[Picture]:
+        def first(name: str) -> Any:
+            own = getattr(job, name)
+            return getattr(self._options, name) if own is None or own is msgspec.UNSET else own
+
+        negative = job.negative_prompt
+        if isinstance(negative, msgspec.UnsetType):
+            own = self._options.negative_prompt
+            negative = None if isinstance(own, msgspec.UnsetType) else own
+        if job.width is None and job.height is None:
+            width, height = self._size(self._options.width, self._options.height)
+        else:
+            width, height = self._size(job.width, job.height)
+        for i in range(first("num_images")):
+            parameters = Parameters(
+                prompt=job.prompt,
+                negative_prompt=negative,
+                seed=first("seed") + self._count if job.seed is None else job.seed + i,
+                width=width,
+                height=height,
+                steps=first("steps"),
+                guidance=first("guidance"),
+                guidance_until=first("guidance_until"),
+            )
+            fields = {**msgspec.to_builtins(parameters), "index": self._count}
+            path = self._names.path(job.out, fields)
+            yield Picture(index=self._count, path=path, parameters=parameters)
+            self._count += 1
+
+    def _size(self, width: int | None, height: int | None) -> Size:
+        """The first artifact's size that has the given width and height; None fits any."""
+        sizes = [(manifest.key.width, manifest.key.height) for manifest in self._manifests]
+        for w, h in sizes:
+            if width in (None, w) and height in (None, h):
+                return w, h
+        for name, value in (("width", width), ("height", height)):
+            if value is not None and value % 8:
+                raise SdxlError(f"A {name} of {value} was asked for; sizes are multiples of 8.")
+        asked = f"{width}x{height}" if width and height else f"a {'width' if width else 'height'} of {width or height}"
+        there = ", ".join(f"{w}x{h}" for w, h in sizes)
+        wanted = f"{width or sizes[0][0]}x{height or sizes[0][1]}"
+        raise SdxlError(
+            f"No engine makes {asked}; the artifacts given make {there}.",
+            f"Build one: {build_command(self._manifests[0], wanted)}",
+        )
+
+
+def build_command(manifest: Manifest, size: str) -> str:
+    """The command that built an artifact, for another ``WxH``."""
+    words = list(manifest.command)
+    while "--resolution" in words:
+        i = words.index("--resolution")
+        del words[i : i + 2]
+    return shlex.join([*words, "--resolution", size])
+
+
+class Session:
+    """Pictures from a loaded pipeline, and the time they took.
+
+    Args:
+        pipeline: what ``runtimes.load`` returned.
+        bar: a context manager that shows a call's progress, by its title.
+    """
+
+    def __init__(self, pipeline: Any, bar: Bar) -> None:
+        self._pipeline = pipeline
+        self._bar = bar
+        self.saved: list[Picture] = []
+        self.seconds: dict[str, float] = {}
+        self._steps = 0
+
+    def render(self, pictures: Sequence[Picture]) -> Iterator[Picture]:
+        """Makes and saves pictures; each is yielded once its file is there.
+
+        A call makes as many as the artifact's batch holds, so that finished ones are on the disk early.
+
+        Raises:
+            SdxlError: a file cannot be written, or what the pipeline raises.
+        """
+        for group in self._groups(pictures):
+            title = f"Picture {group[0].index + 1}"
+            title += f"-{group[-1].index + 1}" if len(group) > 1 else ""
+            with self._bar(title) as progress:
+                images = self._call(group, progress)
+            start = time.perf_counter()
+            for picture, image in zip(group, images, strict=True):
+                self._save(picture, image)
+                self._add("save", time.perf_counter() - start)
+                self.saved.append(picture)
+                yield picture
+                start = time.perf_counter()
+
+    def _groups(self, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
+        group: list[Picture] = []
+        for picture in pictures:
+            if group and (len(group) == self._batch(group[0]) or not _same_call(group[0], picture)):
+                yield group
+                group = []
+            group.append(picture)
+        if group:
+            yield group
+
+    def _manifest(self, picture: Picture) -> Manifest:
+        manifest: Manifest = self._pipeline.manifest(picture.parameters.width, picture.parameters.height)
+        return manifest
+
+    def _batch(self, picture: Picture) -> int:
+        return self._manifest(picture).key.batch
+
+    def _call(self, group: Sequence[Picture], progress: Progress) -> list[Any]:
+        import torch
+
+        p = group[0].parameters
+        output = self._pipeline(
+            [picture.parameters.prompt for picture in group],
+            negative_prompt=None if p.negative_prompt is None else [p.negative_prompt] * len(group),
+            width=p.width,
+            height=p.height,
+            num_inference_steps=p.steps,
+            guidance_scale=p.guidance,
+            guidance_until=p.guidance_until,
+            # On the CPU, so that a seed gives the same picture on every machine.
+            generator=[torch.Generator("cpu").manual_seed(picture.parameters.seed) for picture in group],
+            progress=progress,
+        )
+        for name, value in self._pipeline.timings.items():
+            self._add(name, value)
+        self._steps += p.steps
+        images: list[Any] = output.images
+        return images
+
+    def _save(self, picture: Picture, image: Any) -> None:
+        from runtimes import png
+
+        names.write(picture.path, png.encode(image, picture.parameters, self._manifest(picture)))
+
+    def _add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def report(self) -> dict[str, Any]:
+        """Pictures, seconds by stage, steps (one call of the UNet's batch each) per second, peak memory in bytes."""
+        denoise = self.seconds.get("denoise", 0.0)
+        return {
+            "images": [picture.as_dict() for picture in self.saved],
+            "seconds": {stage: round(value, 4) for stage, value in self.seconds.items()},
+            "steps_per_second": round(self._steps / denoise, 3) if denoise else None,
+            "peak_memory_bytes": peak_memory(),
+        }
+
+
+def _same_call(a: Picture, b: Picture) -> bool:
+    """Whether two pictures differ in nothing but prompt and seed."""
+    blank = {"prompt": "", "seed": 0}
+    return msgspec.structs.replace(a.parameters, **blank) == msgspec.structs.replace(b.parameters, **blank)
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes that this process held at most: ``process`` in main memory, ``cuda`` on the GPU through torch."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak

@@ -1,0 +1,82 @@
+"""Weights files in memory: each read once, however many engines and resolutions use it."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buildtool.store.errors import SdxlError
+from buildtool.store.manifest import Manifest, StoredTensor
+
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
+
+
+class Weights:
+    """Weights files on one device, by digest.
+
+    On the CPU a file is mapped, privately: pages are shared with every process that runs the
+    artifact until somebody writes to a tensor.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._files: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of weights held, each file counted once."""
+        return sum(data.nbytes for data, _ in self._files.values())
+
+    def tensors(self, folder: Path, manifest: Manifest, component: str) -> dict[str, Tensor]:
+        """A component's tensors as its compiled code takes them: shape, dtype and stride.
+
+        Raises:
+            SdxlError: the file is missing, cut short, or not what the manifest describes.
+        """
+        described = manifest.components[component]
+        data, header = self._file(folder / described.weights, manifest.files[described.weights].sha256)
+        where = f"{folder / described.weights}"
+        return {name: _view(name, stored, data, header, where) for name, stored in described.tensors.items()}
+
+    def _file(self, path: Path, digest: str) -> tuple[Tensor, dict[str, Any]]:
+        if digest not in self._files:
+            self._files[digest] = self._read(path)
+        return self._files[digest]
+
+    def _read(self, path: Path) -> tuple[Tensor, dict[str, Any]]:
+        try:
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                if length > size:
+                    raise ValueError
+                header = json.loads(file.read(length))
+            data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+        except FileNotFoundError:
+            raise SdxlError(f"{path} is missing.", "Check the artifact: sdxl-build verify") from None
+        except (struct.error, ValueError, UnicodeDecodeError):
+            raise SdxlError(f"{path} is no safetensors file.", "Check the artifact: sdxl-build verify") from None
+        return data.to(self.device), header
+
+
+def _view(name: str, stored: StoredTensor, data: Tensor, header: dict[str, Any], where: str) -> Tensor:
+    """The view of a flat stored tensor that compiled code takes; refused if the file disagrees."""
+    dtype: torch.dtype = getattr(torch, stored.dtype)
+    entry = header.get(name)
+    needed = _extent(stored) * dtype.itemsize
+    if entry is None or entry["dtype"] != NAMES[stored.dtype]:
+        raise SdxlError(f"{where} has no {stored.dtype} tensor {name!r}.", "Check the artifact: sdxl-build verify")
+    begin, end = entry["data_offsets"]
+    if end - begin < needed or end > data.numel():
+        raise SdxlError(f"{where} is cut short at {name!r}.", "Check the artifact: sdxl-build verify")
+    return data[begin : begin + needed].view(dtype).as_strided(stored.shape, stored.stride)
+
+
+def _extent(stored: StoredTensor) -> int:
+    """Elements from the first to the last of a strided tensor."""
+    if 0 in stored.shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(stored.shape, stored.stride, strict=True))
