@@ -1,0 +1,69 @@
+"""Artifacts that tests share. Each is built once a session, with the command line's own code.
+
+``SDXL_TEST_ARTIFACTS`` names a store to keep them in between sessions.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import micro
+
+Builder = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def store_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The session's store."""
+    kept = os.environ.get("SDXL_TEST_ARTIFACTS")
+    return Path(kept) if kept else tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.fixture(scope="session")
+def sdxl_build(store_root: Path) -> Builder:
+    """``sdxl-build torch --gpu cpu …`` in a process of its own: what --json said of the one artifact."""
+
+    def build(model: str, *options: str, root: Path = store_root) -> dict[str, Any]:
+        command = [sys.executable, "-m", "buildtool.cli", "torch", "--gpu", "cpu", "--model", model, "--json"]
+        done = subprocess.run([*command, "--artifacts", str(root), *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (built,) = json.loads(done.stdout)["artifacts"]
+        return {**built, "path": Path(built["path"])}
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def micro_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of the micro model."""
+    return micro.write(tmp_path_factory.mktemp("models") / "micro")
+
+
+@pytest.fixture(scope="session")
+def micro_artifact(sdxl_build: Builder, micro_model: Path) -> Path:
+    """The micro model at 64x64, batch 1."""
+    return sdxl_build(str(micro_model))["path"]
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(sdxl_build: Builder) -> Path:
+    """tiny at its own 256x256, batch 1, fp32, on the CPU."""
+    return sdxl_build("tiny")["path"]
+
+
+@pytest.fixture(scope="session")
+def tiny_wide_artifact(sdxl_build: Builder, tiny_artifact: Path) -> Path:
+    """tiny at 320x192, batch 1."""
+    return sdxl_build("tiny", "--resolution", "320x192")["path"]
+
+
+@pytest.fixture(scope="session")
+def tiny_pair_artifact(sdxl_build: Builder, tiny_artifact: Path) -> Path:
+    """tiny at 256x256, batch 2."""
+    return sdxl_build("tiny", "--batch", "2")["path"]

@@ -1,0 +1,63 @@
+"""The weights file: any safetensors reader reads it, and it lies as compiled code wants it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from exporters import layout, weights
+from exporters.base import ExportError, StoredTensor
+
+
+def test_what_is_written_is_what_the_plan_says(tmp_path: Path) -> None:
+    source = {
+        "conv": torch.randn(8, 4, 3, 3),
+        "q": torch.randn(4, 6),
+        "k": torch.randn(4, 6),
+        "bias": torch.randn(4, 1),
+    }
+    last = torch.empty(8, 4, 3, 3).to(memory_format=torch.channels_last).stride()
+    plan = {
+        "conv": StoredTensor((8, 4, 3, 3), "float16", tuple(last), ("conv",)),
+        "qk": StoredTensor((8, 6), "bfloat16", (6, 1), ("q", "k")),
+        "padded": StoredTensor((16,), "float32", (1,), ("bias",)),
+    }
+    path = tmp_path / "w.safetensors"
+    weights.write(path, plan, source)
+    flat = load_file(path)
+    rebuilt = {n: flat[n][: torch.Size(p.shape).numel()].as_strided(p.shape, p.stride) for n, p in plan.items()}
+    assert torch.equal(rebuilt["conv"], source["conv"].half())
+    assert torch.equal(rebuilt["qk"], torch.cat([source["q"], source["k"]]).bfloat16())
+    assert torch.equal(rebuilt["padded"], torch.cat([source["bias"].flatten(), torch.zeros(12)]))
+
+
+def test_every_tensor_starts_aligned(tmp_path: Path) -> None:
+    plan = {str(n): StoredTensor((n,), "float16", (1,), (str(n),)) for n in (1, 3, 17, 129)}
+    path = tmp_path / "w.safetensors"
+    weights.write(path, plan, {str(n): torch.arange(n) for n in (1, 3, 17, 129)})
+    raw = path.read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    assert begin % 4096 == 0
+    assert (len(raw) - begin) == 4 * 256 + 256  # 129 halves need a second block
+
+
+def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
+    plan = {"a": StoredTensor((4, 2), "float32", (2, 1), ("source",))}
+    with pytest.raises(ExportError, match="no tensor 'source'"):
+        weights.write(tmp_path / "w", plan, {})
+    with pytest.raises(ExportError, match=r"source has shape \(2, 4\); the compiled code reads \(4, 2\)"):
+        weights.write(tmp_path / "w", plan, {"source": torch.zeros(2, 4)})
+
+
+def test_small_parameters_become_slices_of_longer_ones() -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 40))
+    before = module(torch.ones(1, 3))
+    renamed = layout.pad_small(module)
+    assert renamed == {
+        "0.parametrizations.weight.original": "0.weight",
+        "0.parametrizations.bias.original": "0.bias",
+    }
+    assert {p.numel() for n, p in module.named_parameters() if n in renamed} == {layout.PADDED}
+    assert torch.equal(module(torch.ones(1, 3)), before)

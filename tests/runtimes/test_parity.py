@@ -1,0 +1,226 @@
+"""The compiled pipeline against ``StableDiffusionXLPipeline`` on the same weights, on the CPU in fp32.
+
+Bound: after 20 steps, latents differ by at most 1e-4 of their standard deviation (max abs).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import runtimes
+from buildtool import models
+from runtimes.pipeline import Pipeline
+
+pytestmark = pytest.mark.slow
+
+BOUND = 1e-4
+STEPS = 20
+LONG = "a very long prompt about " + "many small red circles and large blue squares, " * 14 + "the end"
+
+
+@pytest.fixture(scope="module")
+def diffusers_pipeline() -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(models.TINY, dtype=torch.float32, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def ours(tiny_artifact: Path, tiny_wide_artifact: Path) -> Pipeline:
+    return runtimes.load([tiny_artifact, tiny_wide_artifact])
+
+
+@pytest.fixture(scope="module")
+def ours_pairs(tiny_pair_artifact: Path) -> Pipeline:
+    return runtimes.load(tiny_pair_artifact)
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(n) for n in numbers]
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """Max abs difference of latents in standard deviations of the reference."""
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max() / theirs.std())
+
+
+def compare(
+    ours: Pipeline, theirs: Any, numbers: tuple[int, ...] = (1,), bound: float = BOUND, **arguments: Any
+) -> None:
+    call = {"num_inference_steps": STEPS, "output_type": "latent", **arguments}
+    reference = theirs(generator=seeds(*numbers), **call).images
+    assert difference(ours(generator=seeds(*numbers), **call).images, reference) <= bound
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("negative_prompt", [None, "", "green, striped"])
+def test_guidance_and_negative_prompt(
+    ours: Pipeline, diffusers_pipeline: Any, guidance_scale: float, negative_prompt: str | None
+) -> None:
+    compare(
+        ours,
+        diffusers_pipeline,
+        prompt="a large red circle on the left",
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+    )
+
+
+@pytest.mark.parametrize("prompt", ["wow! a red circle!!", "un café crème à Ängelholm, naïve 漢字 🦊", LONG, ""])
+def test_prompts(ours: Pipeline, diffusers_pipeline: Any, prompt: str) -> None:
+    compare(ours, diffusers_pipeline, prompt=prompt, num_inference_steps=5)
+
+
+def test_both_prompts(ours: Pipeline, diffusers_pipeline: Any) -> None:
+    compare(
+        ours,
+        diffusers_pipeline,
+        prompt="a red circle",
+        prompt_2="two blue squares",
+        negative_prompt="green",
+        negative_prompt_2="yellow",
+        num_inference_steps=5,
+    )
+
+
+def test_two_images_of_a_prompt(ours: Pipeline, diffusers_pipeline: Any) -> None:
+    compare(ours, diffusers_pipeline, (3, 4), prompt="a red circle", num_images_per_prompt=2)
+
+
+def test_three_prompts_on_batch_1(ours: Pipeline, diffusers_pipeline: Any) -> None:
+    prompts = ["a red circle", "two blue squares!", "a yellow star on grass"]
+    compare(ours, diffusers_pipeline, (5, 6, 7), prompt=prompts, negative_prompt=["green", "", "red"])
+
+
+def test_four_images_on_batch_2(ours_pairs: Pipeline, diffusers_pipeline: Any) -> None:
+    compare(ours_pairs, diffusers_pipeline, (1, 2, 3, 4), prompt=["a red circle", "a star"], num_images_per_prompt=2)
+
+
+def test_three_images_on_batch_2_pad_the_last_chunk(ours_pairs: Pipeline, diffusers_pipeline: Any) -> None:
+    compare(ours_pairs, diffusers_pipeline, (1, 2, 3), prompt=["a", "b", "c"], num_inference_steps=5)
+
+
+def test_second_resolution(ours: Pipeline, diffusers_pipeline: Any) -> None:
+    compare(ours, diffusers_pipeline, prompt="a red circle", width=320, height=192)
+
+
+def test_one_generator_draws_for_all(ours: Pipeline, diffusers_pipeline: Any) -> None:
+    call = {"prompt": ["a", "b"], "num_inference_steps": 5, "output_type": "latent"}
+    reference = diffusers_pipeline(generator=seeds(9)[0], **call).images
+    assert difference(ours(generator=seeds(9)[0], **call).images, reference) <= BOUND
+
+
+def test_micro_conditioning(ours: Pipeline, diffusers_pipeline: Any) -> None:
+    compare(
+        ours,
+        diffusers_pipeline,
+        prompt="a red circle",
+        original_size=(512, 384),
+        crops_coords_top_left=(16, 32),
+        target_size=(256, 192),
+        negative_original_size=(64, 64),
+        negative_crops_coords_top_left=(8, 8),
+        negative_target_size=(128, 128),
+        num_inference_steps=5,
+    )
+
+
+def test_micro_conditioning_changes_the_latents(ours: Pipeline) -> None:
+    call = {"prompt": "a red circle", "num_inference_steps": 5, "output_type": "latent"}
+    plain, other = (ours(generator=seeds(1), **call, original_size=s).images for s in (None, (64, 64)))
+    assert difference(other, plain) > 0.01
+
+
+def test_guidance_rescale(ours: Pipeline, diffusers_pipeline: Any) -> None:
+    compare(ours, diffusers_pipeline, prompt="a red circle", guidance_rescale=0.7, num_inference_steps=5)
+
+
+def test_denoising_end(ours: Pipeline, diffusers_pipeline: Any) -> None:
+    compare(ours, diffusers_pipeline, prompt="a red circle", denoising_end=0.8)
+
+
+@pytest.mark.parametrize("until", [0.0, 0.5, 0.75])
+def test_guidance_until_is_the_callback_that_drops_guidance(
+    ours: Pipeline, diffusers_pipeline: Any, until: float
+) -> None:
+    def drop(pipeline: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if i == int(pipeline.num_timesteps * until):
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+            tensors["add_text_embeds"] = tensors["add_text_embeds"].chunk(2)[-1]
+            tensors["add_time_ids"] = tensors["add_time_ids"].chunk(2)[-1]
+            pipeline._guidance_scale = 0.0
+        return tensors
+
+    call = {"prompt": "a red circle", "num_inference_steps": STEPS, "output_type": "latent"}
+    reference = diffusers_pipeline(
+        generator=seeds(1),
+        callback_on_step_end=drop,
+        callback_on_step_end_tensor_inputs=["prompt_embeds", "add_text_embeds", "add_time_ids"],
+        **call,
+    ).images
+    assert difference(ours(generator=seeds(1), guidance_until=until, **call).images, reference) <= BOUND
+    everything = ours(generator=seeds(1), **call).images
+    assert difference(everything, reference) > 10 * BOUND
+
+
+def test_custom_sigmas_and_timesteps(ours: Pipeline, diffusers_pipeline: Any) -> None:
+    compare(ours, diffusers_pipeline, prompt="a red circle", sigmas=[14.0, 7.0, 3.0, 1.0, 0.3, 0.0])
+    compare(ours, diffusers_pipeline, prompt="a red circle", timesteps=[900, 600, 300, 50])
+
+
+def test_given_latents_and_embeddings(ours: Pipeline, diffusers_pipeline: Any) -> None:
+    embeds, negative, pooled, negative_pooled = diffusers_pipeline.encode_prompt(
+        "a red circle", negative_prompt="green"
+    )
+    compare(
+        ours,
+        diffusers_pipeline,
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative,
+        pooled_prompt_embeds=pooled,
+        negative_pooled_prompt_embeds=negative_pooled,
+        latents=torch.randn(1, 4, 32, 32, generator=seeds(2)[0]),
+        num_inference_steps=5,
+    )
+
+
+def test_another_scheduler_of_diffusers(tiny_artifact: Path, diffusers_pipeline: Any) -> None:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_config(diffusers_pipeline.scheduler.config)
+    ours = runtimes.load(tiny_artifact, scheduler=scheduler)
+    usual, diffusers_pipeline.scheduler = diffusers_pipeline.scheduler, scheduler
+    try:
+        compare(ours, diffusers_pipeline, bound=1e-3, prompt="a red circle", eta=0.3, num_inference_steps=5)
+    finally:
+        diffusers_pipeline.scheduler = usual
+
+
+def test_a_callback_sees_and_changes_latents(ours: Pipeline, diffusers_pipeline: Any) -> None:
+    def halve(pipeline: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"] * 0.5} if i == 2 else tensors
+
+    compare(ours, diffusers_pipeline, prompt="a red circle", callback_on_step_end=halve, num_inference_steps=5)
+
+
+@pytest.mark.parametrize("output_type", ["pt", "np"])
+def test_pixels(ours: Pipeline, diffusers_pipeline: Any, output_type: str) -> None:
+    call = {"prompt": "a red circle", "num_inference_steps": 5, "output_type": output_type}
+    mine, reference = (p(generator=seeds(1), **call).images for p in (ours, diffusers_pipeline))
+    assert mine.shape == reference.shape
+    assert float(abs(torch.as_tensor(mine) - torch.as_tensor(reference)).max()) < 1e-4
+
+
+def test_pictures(ours: Pipeline, diffusers_pipeline: Any) -> None:
+    import numpy
+
+    call = {"prompt": ["a red circle", "a star"], "num_inference_steps": 5}
+    mine, reference = (p(generator=seeds(1, 2), **call).images for p in (ours, diffusers_pipeline))
+    for a, b in zip(mine, reference, strict=True):
+        assert (a.mode, a.size) == (b.mode, b.size)
+        assert int(abs(numpy.asarray(a, dtype=int) - numpy.asarray(b, dtype=int)).max()) <= 1
