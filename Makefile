@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml requirements/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e ".[dev]"
 	@touch $@
 
-PROMPT ?= a large red circle on the left and a small blue star on the right, on grass
+PROMPT ?= a large red circle on the left and a small blue star on the right, under a starry night sky
 
 demo: setup
 	$(BIN)/sdxl-run --engine "$$($(BIN)/sdxl-build torch --model tiny --gpu cpu --artifacts $(STORE))" \

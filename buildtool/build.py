@@ -163,7 +163,7 @@ class _Build:
                 loader=registry.backend(self.planned.spec.backend).loader,
                 precision=precision,  # type: ignore[arg-type]
                 code_key=digest,
-                weights=f"weights/{name}.safetensors" if tensors else "",
+                weights=weights.location(name) if tensors else "",
                 tensors=tensors,
                 variants=variants,
             )

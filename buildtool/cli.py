@@ -14,6 +14,8 @@ from buildtool.store.errors import SdxlError
 
 Command = Callable[..., None]
 
+INTERRUPTED = 130
+
 
 class _Group(click.Group):
     """Turns an error that a user can mend into one line and exit code 1; a bug keeps its traceback."""
@@ -23,6 +25,9 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except SdxlError as error:
             _fail(str(error))
+        except KeyboardInterrupt:  # click would say "Aborted!" and exit with 1, as if a build had failed
+            click.echo("\nInterrupted; what was unfinished is removed.", err=True)
+            sys.exit(INTERRUPTED)
         except BrokenPipeError:  # the reader of our stdout has gone, `| head` for example
             sys.stderr.close()
             sys.exit(1)
@@ -132,12 +137,24 @@ def torch_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     _build("torch", dry_run, as_json, options)
 
 
+@main.command("onnx")
+@_build_options
+def onnx_command(dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Builds ONNX graphs that ONNX Runtime runs; for the CPU so far (--gpu cpu).
+
+    Prints the artifact's folder, one line a resolution.
+    """
+    _build("onnx", dry_run, as_json, options)
+
+
 def _build(backend: str, dry_run: bool, as_json: bool, options: dict[str, Any]) -> None:
     from buildtool import plan
     from buildtool.progress import Progress
+    from buildtool.store import machine
     from buildtool.store.store import Store
 
     spec = plan.Spec(backend=backend, **{**options, "resolutions": tuple(dict.fromkeys(options["resolutions"]))})
+    machine.share_cores()
     with Progress() as progress:
         plans = plan.plan(spec, progress)
         if dry_run:

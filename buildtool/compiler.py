@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from buildtool.progress import Progress
+from buildtool.store import files
 from buildtool.store.errors import SdxlError
 from exporters.base import ExportError, Request
+
+_NEARLY_FULL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Pool:
     def start(self, jobs: Sequence[Job], scratch: Path) -> None:
         """Starts compiling; ``scratch`` is a folder for everything that is in between."""
         self._scratch = scratch
+        (scratch / "tmp").mkdir()
         # The UNet takes longest, so it goes first.
         self._waiting = sorted(jobs, key=lambda job: job.component != "unet")
         self._fill()
@@ -76,11 +81,14 @@ class Pool:
         name = f"{component}.{variant}"
         while name not in self._codes:
             self._collect()
+            # One that failed ends the build: it isn't worth waiting for the others.
+            name = next((n for n, code in self._codes.items() if code), name)
             time.sleep(0.05)
-        path = self._scratch / f"{name}.result"
-        answer: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+        answer = self._answer(name)
         if self._codes[name] == 0 and answer:
             return answer
+        if not answer and files.free_bytes(self._scratch) < _NEARLY_FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the store says whose disk
         log = self._keep_log(name)
         if "error" in answer:
             raise ExportError(f"{answer['error'].rstrip('.')}. The compiler's words: {log}.", answer["hint"])
@@ -91,6 +99,13 @@ class Pool:
         """Where a compiled variant's file is."""
         return self._scratch / f"{component}.{variant}" / name
 
+    def _answer(self, name: str) -> dict[str, Any]:
+        """What a worker left of its result; nothing if it died, or if the disk was full."""
+        with contextlib.suppress(OSError, ValueError):
+            answer: dict[str, Any] = json.loads((self._scratch / f"{name}.result").read_bytes())
+            return answer
+        return {}
+
     def _fill(self) -> None:
         while self._waiting and len(self._running) < self._at_once:
             job = self._waiting.pop(0)
@@ -98,8 +113,9 @@ class Pool:
             out.mkdir()
             asked = self._scratch / f"{job.name}.job"
             asked.write_text(json.dumps({**dataclasses.asdict(job), "out": str(out.absolute())}))
-            # Inductor's intermediate files go with the scratch folder, not to the machine's /tmp for good.
-            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str((self._scratch / "inductor").absolute())}
+            # Intermediate files go with the scratch folder: a compiler that is killed leaves none in /tmp.
+            places = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TMPDIR": "tmp"}
+            environment = os.environ | {name: str((self._scratch / p).absolute()) for name, p in places.items()}
             with open(self._scratch / f"{job.name}.log", "wb") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "exporters.worker", str(asked.absolute())],

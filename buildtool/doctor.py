@@ -29,7 +29,7 @@ MIN_DRIVER = {12: 525, 13: 580}
 # Backend -> what it needs: each line is one of several distributions that will do.
 BACKENDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "torch": (("torch",),),
-    "onnx": (("onnx",), ("onnxscript",), ("onnxruntime", "onnxruntime-gpu")),
+    "onnx": (("onnx",), ("onnxscript",), ("onnx-graphsurgeon",), ("onnxruntime", "onnxruntime-gpu")),
     "trt": (("tensorrt", "tensorrt_cu13", "tensorrt_cu12", "tensorrt_rtx"), ("onnx",), ("onnxscript",)),
     "onediff": (("onediff",), ("nexfort",)),
 }
@@ -77,7 +77,7 @@ def report(artifacts: Path | None = None) -> list[Row]:
 def python() -> Row:
     version = ".".join(map(str, sys.version_info[:3]))
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
-        return Row("Python", "warn", f"{version}, tested are 3.10 to 3.13", "Use one of these.")
+        return Row("Python", "warn", f"{version}; it needs 3.10 to 3.13", "Use one of these.")
     return Row("Python", "ok", version)
 
 
@@ -292,20 +292,27 @@ def hub_cache() -> Row:
     return Row("hub cache", "ok", detail)
 
 
+PLANNED = ("trt", "onediff")
+"""Backends that this version can't build yet; their rows say what they will need."""
+
+
 def backend(name: str) -> Row:
-    """What a backend would need."""
+    """What a backend needs, or will need."""
+    soon = "not in this version; it will need " if name in PLANNED else "needs "
     if name == "onediff" and not _has(BACKENDS[name]):
-        detail = "needs an environment of its own: Python 3.8 to 3.12, torch 2.3 to 2.5.1, onediff, nexfort"
-        return Row(
-            "backend onediff", "warn", detail, "In such an environment: pip install torch==2.5.1 onediff nexfort"
-        )
+        detail = f"{soon}an environment of its own: Python 3.8 to 3.12, torch 2.3 to 2.5.1, onediff, nexfort"
+        return Row("backend onediff", "warn", detail)
     absent = [line for line in BACKENDS[name] if not _has([line])]
     if absent:
-        needs = ", ".join(" or ".join(line) for line in absent)
+        detail = soon + ", ".join(" or ".join(line) for line in absent)
         status: Literal["warn", "missing"] = "missing" if name == "torch" else "warn"
-        return Row(f"backend {name}", status, f"needs {needs}", f"pip install {' '.join(line[0] for line in absent)}")
+        hint = "" if name in PLANNED else f"pip install {' '.join(line[0] for line in absent)}"
+        return Row(f"backend {name}", status, detail, hint)
     found = {dist: v for line in BACKENDS[name] for dist, v in machine.versions(*line).items()}
-    return Row(f"backend {name}", "ok", ", ".join(f"{dist} {version}" for dist, version in found.items()))
+    there = ", ".join(f"{dist} {version}" for dist, version in found.items())
+    if name in PLANNED:
+        return Row(f"backend {name}", "warn", f"not in this version; its libraries are there: {there}")
+    return Row(f"backend {name}", "ok", there)
 
 
 def _has(lines: Iterable[tuple[str, ...]]) -> bool:

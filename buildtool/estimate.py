@@ -79,10 +79,8 @@ def render(told: dict[str, Any]) -> str:
     )
     lines.append(f"  memory   about {files.human_size(told['memory_bytes'])}")
     seconds = told["seconds"]
-    lines.append(
-        f"  time     {'not known: nothing like it was built here' if seconds is None else f'about {seconds:.0f} s of work'}"
-    )
-    return "\n".join(lines)
+    took = f"about {seconds:.0f} s of work" if seconds is not None else "not known: nothing like it was built here"
+    return "\n".join([*lines, f"  time     {took}"])
 
 
 def _short(value: object) -> str:

@@ -34,11 +34,13 @@ def run(folder: Path, device: str | None = None) -> Checked:
     if done.returncode in (0, 1) and variants:
         unexplained = done.returncode == 1 and all(v.get("passed", False) for v in variants.values())
         return Checked(variants, f"The check failed. {_last_line(done.stderr)}" if unexplained else "")
+    said = _last_line(done.stderr)
+    if done.returncode == 1 and said.startswith("Error: "):
+        return Checked({}, said.removeprefix("Error: "))
     if done.returncode < 0:
         died = f"died with {signal.Signals(-done.returncode).name}: the compiled code doesn't run here"
     else:
         died = f"ended with exit code {done.returncode} and no result"
-    said = _last_line(done.stderr)
     again = shlex.join(["python", *command[1:]])
     return Checked({}, f"The check {died}. {said}{' ' if said else ''}Repeat it with: {again}")
 

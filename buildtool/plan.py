@@ -136,8 +136,8 @@ def _plan(
         batch=spec.batch,
         precision=precision,
         vae=Path(spec.vae).resolve().name if Path(spec.vae).is_dir() else spec.vae,
-        options={},
-        toolchain={**toolchain, **_installed("transformers", "tokenizers")},
+        options=dict(row.options.get(target.device, {})),
+        toolchain={**toolchain, **_installed("transformers", "tokenizers", hint="pip install sdxl-build")},
     )
     upcast = precision == "fp16" and source.configs["vae"].get("force_upcast", False)
     codes = {}
@@ -166,15 +166,15 @@ def _toolchain(row: registry.Backend, target: gpu.Target) -> dict[str, str]:
     torch = machine.torch_version()
     if not torch:
         raise SdxlError("torch is not installed.", "pip install torch")
-    found = {"exporter": str(row.version), **torch, **_installed(*row.distributions)}
+    found = {"exporter": str(row.version), **torch, **_installed(*row.distributions, hint=row.install)}
     if target.device == "cuda":
-        found |= _installed("triton")
+        found |= _installed("triton", hint="pip install triton")
     return found
 
 
-def _installed(*distributions: str) -> dict[str, str]:
+def _installed(*distributions: str, hint: str) -> dict[str, str]:
     found = machine.versions(*distributions)
     missing = [name for name in distributions if name not in found]
     if missing:
-        raise SdxlError(f"{', '.join(missing)} is not installed, and building needs it.", "pip install sdxl-build")
+        raise SdxlError(f"{', '.join(missing)} is not installed, and building needs it.", hint)
     return found

@@ -1,7 +1,9 @@
 """Backends by name. One row a backend; its module is imported when it is asked to export."""
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from exporters.base import Exporter, ExportError
 
@@ -17,6 +19,7 @@ class Backend:
         version: raised when the exporter writes other code for the same request.
         tunes: whether the code is tuned for the exact GPU, whose name then belongs in the key.
         install: the pip line for what it needs.
+        options: device kind -> what the artifact's key says of how it is run there.
     """
 
     exporter: str
@@ -25,11 +28,21 @@ class Backend:
     version: int
     tunes: bool
     install: str
+    options: Mapping[str, Mapping[str, Any]]
 
 
 BACKENDS = {
     "torch": Backend(
-        "exporters.torch_package:TorchExporter", "torch_package", ("diffusers",), 1, True, "pip install sdxl-build"
+        "exporters.torch_package:TorchExporter", "torch_package", ("diffusers",), 1, True, "pip install sdxl-build", {}
+    ),
+    "onnx": Backend(
+        exporter="exporters.onnx_graph:OnnxExporter",
+        loader="onnx_session",
+        distributions=("diffusers", "onnx", "onnxscript", "onnx-ir", "onnx-graphsurgeon"),
+        version=1,
+        tunes=False,
+        install="pip install 'sdxl-build[onnx]'",
+        options={"cpu": {"provider": "CPUExecutionProvider"}},
     ),
 }
 

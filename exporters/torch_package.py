@@ -100,9 +100,17 @@ def _compile(program: torch.export.ExportedProgram, file: Path, request: Request
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        lines = str(error).splitlines()
-        first = next((line.strip() for line in lines if "error" in line.lower()), str(error)[:200])
-        raise ExportError(f"The compiler failed on {file.stem}: {first}") from error
+        raise ExportError(f"The compiler failed on {file.stem}: {_telling_line(str(error))}") from error
+
+
+def _telling_line(words: str) -> str:
+    """The line of a failure that says most: a full disk, the compiler's own error, or any that names one."""
+    lines = [line.strip() for line in words.splitlines()]
+    for sign in ("No space left on device", " error: ", "error"):
+        for line in lines:
+            if sign.lower() in line.lower():
+                return line
+    return words.strip()[:200]
 
 
 @contextlib.contextmanager
@@ -144,7 +152,7 @@ def _compiler() -> str:
         ExportError: there is none.
     """
     asked = os.environ.get("CXX", "g++")
-    if shutil.which(asked.split()[0]) is None:
+    if shutil.which(asked.partition(" ")[0]) is None:
         raise ExportError(
             f"The torch backend compiles with a C++ compiler, and {asked!r} is not on the path.",
             "Install one (apt-get install g++) or set CXX.",

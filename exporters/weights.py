@@ -31,7 +31,7 @@ def write(
 
     Args:
         path: the safetensors file to write.
-        tensors: the plan, from :func:`exporters.layout.plan`.
+        tensors: the plan, from :func:`exporters.layout.plan`; the file's order is that of the names.
         source: the checkpoint's tensors by name.
         progress: called with (bytes written, bytes in all).
 
@@ -42,7 +42,7 @@ def write(
     with open(path, "wb") as file:
         file.write(header)
         done = 0
-        for name, stored in tensors.items():
+        for name, stored in sorted(tensors.items()):
             data = physical(name, stored, source)
             file.write(data.view(torch.uint8).numpy().data)
             padding = _padded(data.nbytes) - data.nbytes
@@ -51,6 +51,26 @@ def write(
             progress(done, total)
         file.flush()
         os.fsync(file.fileno())
+
+
+def location(component: str) -> str:
+    """A component's weights file, in the artifact's folder and as its code names it."""
+    return f"weights/{component}.safetensors"
+
+
+def places(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a plan will lie in the file that :func:`write` makes of it: (offset, bytes).
+
+    Code that is compiled before the file exists relies on this: a file that is written in another
+    way wants a new ``version`` in the rows of :data:`exporters.registry.BACKENDS`.
+    """
+    header, _ = _header(tensors)
+    found = {}
+    offset = len(header)
+    for name, _, width, size in _sizes(tensors):
+        found[name] = (offset, _numel(tensors[name].shape) * width)
+        offset += size
+    return found
 
 
 def physical(name: str, stored: StoredTensor, source: Mapping[str, Tensor]) -> Tensor:
@@ -88,7 +108,7 @@ def _padded(size: int) -> int:
 
 
 def _sizes(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, str, int, int]]:
-    for name, stored in tensors.items():
+    for name, stored in sorted(tensors.items()):
         width = torch.empty(0, dtype=getattr(torch, stored.dtype)).element_size()
         yield name, NAMES[stored.dtype], width, _padded(_numel(stored.shape) * width)
 

@@ -4,12 +4,14 @@ Reads a job (JSON) from its arguments' file and writes the result beside it. Its
 leash: when it closes, because the builder is done or dead, the worker and its compilers end.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ def main(job: Path) -> int:
             Path(asked["out"]),
         )
     except ExportError as error:
+        with contextlib.suppress(OSError):  # the log may lie on a disk that is full
+            traceback.print_exc()
         result.write_text(json.dumps({"error": error.message, "hint": error.hint}))
         return 1
     result.write_text(json.dumps(dataclasses.asdict(code)))

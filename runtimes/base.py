@@ -4,7 +4,7 @@ import abc
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -109,7 +109,8 @@ class Loader(abc.ABC):
         described = manifest.components[component]
         form = described.variants[variant]
         tensors = weights.tensors(folder, manifest, component) if described.weights else {}
-        return self._engine(folder / form.file, f"{component}.{variant}", described, form, tensors, device)
+        options, name = manifest.key.options, f"{component}.{variant}"
+        return self._engine(folder / form.file, name, described, form, tensors, options, device)
 
     @abc.abstractmethod
     def _engine(
@@ -119,6 +120,7 @@ class Loader(abc.ABC):
         component: Component,
         variant: Variant,
         weights: Mapping[str, Tensor],
+        options: Mapping[str, Any],
         device: torch.device,
     ) -> Engine: ...
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 import msgspec
 
+from buildtool.store import machine
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
@@ -119,9 +120,8 @@ def command(
         places = Names(out)
     except (ValueError, SdxlError) as error:
         raise click.UsageError(str(error)) from None
-    run = Run(_folders(engines), digests, options, places, quiet=quiet)
-    if settings["seed"] is None and not quiet:
-        click.echo(f"Seed: {options.seed}", err=True)
+    drawn = options.seed if settings["seed"] is None else None
+    run = Run(_folders(engines), digests, options, places, drawn, quiet=quiet)
     with _log_to_stderr(verbose):
         try:
             if prompts_file == "-":
@@ -138,12 +138,20 @@ class Run:
     """What the options ask for. Artifacts are read and checked here, before torch is imported."""
 
     def __init__(
-        self, folders: Sequence[Path], digests: Sequence[str], options: Job, places: Names, *, quiet: bool
+        self,
+        folders: Sequence[Path],
+        digests: Sequence[str],
+        options: Job,
+        places: Names,
+        drawn: int | None,
+        *,
+        quiet: bool,
     ) -> None:
         from runtimes.session import Planner
 
         self._start = time.perf_counter()
         self._folders = folders
+        self._drawn = drawn
         self._quiet = quiet
         found = [manifests.read(folder) for folder in folders]
         if digests:
@@ -191,6 +199,8 @@ class Run:
         session = Session(pipeline, self._bar)
         session.seconds["load"] = time.perf_counter() - start
         self.saved = session.saved
+        if self._drawn is not None and not self._quiet:  # after all that can be refused: an error is one line
+            click.echo(f"Seed: {self._drawn}", err=True)
         return session
 
     def _report(self, session: Any) -> dict[str, Any]:
@@ -290,6 +300,7 @@ def _log_to_stderr(verbose: bool) -> Iterator[None]:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0, 1 for what a user can mend, 2 for wrong usage, 130 after Ctrl-C."""
+    machine.share_cores()
     try:
         code = command.main(args, prog_name="sdxl-run", standalone_mode=False)
     except click.ClickException as error:

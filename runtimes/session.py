@@ -100,11 +100,14 @@ class Planner:
         for w, h in sizes:
             if width in (None, w) and height in (None, h):
                 return w, h
+        there = ", ".join(f"{w}x{h}" for w, h in sizes)
         for name, value in (("width", width), ("height", height)):
             if value is not None and value % 8:
-                raise SdxlError(f"A {name} of {value} was asked for; sizes are multiples of 8.")
+                raise SdxlError(
+                    f"A {name} of {value} was asked for; sizes are multiples of 8.",
+                    f"The artifacts given make {there}.",
+                )
         asked = f"{width}x{height}" if width and height else f"a {'width' if width else 'height'} of {width or height}"
-        there = ", ".join(f"{w}x{h}" for w, h in sizes)
         wanted = f"{width or sizes[0][0]}x{height or sizes[0][1]}"
         raise SdxlError(
             f"No engine makes {asked}; the artifacts given make {there}.",

@@ -1,7 +1,9 @@
 """Runs the torch backend's packages: AOTInductor code, weights attached by pointer."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,15 @@ class TorchPackageEngine(Engine):
         super().__init__(name, variant, device)
         # One runner and no thread of its own: what CUDA graphs need, and weights are shared anyway.
         index = -1 if device.index is None else device.index
-        self._package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
+        try:
+            self._package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
+        except RuntimeError as error:  # it unpacks the file below TMPDIR and opens the library there
+            said = str(error).strip().partition("\n")[0]
+            raise SdxlError(
+                f"{path} cannot be loaded: {said}.",
+                f"It is unpacked in {tempfile.gettempdir()}, which needs room and must not be mounted noexec; "
+                f"TMPDIR names another. Is the file whole? sdxl-build verify {path.parent}",
+            ) from error
         wanted = set(self._package.get_constant_fqns())
         if wanted != variant.constants.keys():
             raise SdxlError(
@@ -74,6 +84,7 @@ class TorchPackageLoader(Loader):
         component: Component,
         variant: Variant,
         weights: Mapping[str, Tensor],
+        options: Mapping[str, Any],
         device: torch.device,
     ) -> Engine:
         return TorchPackageEngine(path, name, variant, weights, device)

@@ -13,7 +13,11 @@ from typing import Any
 
 import pytest
 
-from tests import micro
+from buildtool.store import machine
+
+machine.share_cores()  # before torch is imported: CI's cores are shared
+
+from tests import micro  # noqa: E402
 
 Builder = Callable[..., dict[str, Any]]
 
@@ -27,10 +31,10 @@ def store_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sdxl_build(store_root: Path) -> Builder:
-    """``sdxl-build torch --gpu cpu …`` in a process of its own: what --json said of the one artifact."""
+    """``sdxl-build BACKEND --gpu cpu …`` in a process of its own: what --json said of the one artifact."""
 
-    def build(model: str, *options: str, root: Path = store_root) -> dict[str, Any]:
-        command = [sys.executable, "-m", "buildtool.cli", "torch", "--gpu", "cpu", "--model", model, "--json"]
+    def build(model: str, *options: str, root: Path = store_root, backend: str = "torch") -> dict[str, Any]:
+        command = [sys.executable, "-m", "buildtool.cli", backend, "--gpu", "cpu", "--model", model, "--json"]
         done = subprocess.run([*command, "--artifacts", str(root), *options], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         (built,) = json.loads(done.stdout)["artifacts"]
@@ -49,6 +53,12 @@ def micro_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def micro_artifact(sdxl_build: Builder, micro_model: Path) -> Path:
     """The micro model at 64x64, batch 1."""
     return sdxl_build(str(micro_model))["path"]
+
+
+@pytest.fixture(scope="session")
+def micro_onnx_artifact(sdxl_build: Builder, micro_model: Path) -> Path:
+    """The same with the onnx backend."""
+    return sdxl_build(str(micro_model), backend="onnx")["path"]
 
 
 @pytest.fixture(scope="session")

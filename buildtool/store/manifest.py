@@ -114,11 +114,14 @@ class Manifest(_Struct, frozen=True):
     """sha256 of this manifest's canonical JSON with this field empty."""
 
 
-def check_relative(name: str) -> None:
+def check_relative(name: str, where: str = "The manifest") -> None:
     """Refuses a file name that is absolute, empty, not normalised, or leaves the folder."""
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or "\0" in name:
-        raise SdxlError(f"The manifest names the file {name!r}, which is not a path inside the artifact's folder.")
+        raise SdxlError(
+            f"{where} names the file {name!r}, which is not a path inside the artifact's folder.",
+            "Don't run it before you know who made it.",
+        )
 
 
 def seal(manifest: Manifest) -> Manifest:
@@ -154,7 +157,7 @@ def decode(data: bytes, where: str) -> Manifest:
         names += [variant.file for variant in component.variants.values()]
         names += [component.weights] if component.weights else []
     for name in names:
-        check_relative(name)
+        check_relative(name, where)
         if name not in manifest.files:
             raise SdxlError(f"{where} uses the file {name!r} but does not list it.", "Build the artifact again.")
     if encode(manifest) != data:
@@ -178,6 +181,7 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         what = "has no manifest.json, so it is no artifact" if root.is_dir() else "does not exist"
+        what = "is a file; an artifact is a folder" if root.is_file() else what
         raise SdxlError(f"{root} {what}.", "List what is there with: sdxl-build ls") from None
     except OSError as error:
         raise SdxlError(f"{path} cannot be read: {error.strerror}.") from None

@@ -387,13 +387,11 @@ class Store:
             full = name is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
             return files.disk_error(error, self.root, written=written) if ours or full else None
         # Compilers and torch's own writers report a full disk in words, or as a failed write.
-        if "No space left on device" in str(error) or (
-            isinstance(error, RuntimeError) and files.free_bytes(self.root) < _NEARLY_FULL
-        ):
+        said = "No space left on device" in str(error)
+        if said or (isinstance(error, RuntimeError) and files.free_bytes(self.root) < _NEARLY_FULL):
             import tempfile
 
-            temporary = Path(tempfile.gettempdir())
-            place = self.root if files.free_bytes(self.root) < _NEARLY_FULL else temporary
-            if files.free_bytes(place) < _NEARLY_FULL:
-                return files.disk_error(OSError(errno.ENOSPC, ""), place, written=written)
+            # A compiler removes what it couldn't finish, so the full disk may have room again.
+            place = min((self.root, Path(tempfile.gettempdir())), key=files.free_bytes)
+            return files.disk_error(OSError(errno.ENOSPC, ""), place, written=written)
         return None

@@ -160,13 +160,19 @@ def test_what_each_backend_would_need(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.backend("onnx") == Row(
         "backend onnx",
         "warn",
-        "needs onnx, onnxscript, onnxruntime or onnxruntime-gpu",
-        "pip install onnx onnxscript onnxruntime",
+        "needs onnx, onnxscript, onnx-graphsurgeon, onnxruntime or onnxruntime-gpu",
+        "pip install onnx onnxscript onnx-graphsurgeon onnxruntime",
     )
-    assert "environment of its own" in doctor.backend("onediff").detail
-    installed.update({"onnx": "1.20", "onnxscript": "0.5", "onnxruntime-gpu": "1.24"})
-    assert doctor.backend("onnx") == Row("backend onnx", "ok", "onnx 1.20, onnxscript 0.5, onnxruntime-gpu 1.24")
-    assert doctor.backend("trt").hint == "pip install tensorrt"
+    installed.update({"onnx": "1.20", "onnxscript": "0.7", "onnx-graphsurgeon": "0.6", "onnxruntime-gpu": "1.24"})
+    assert doctor.backend("onnx").status == "ok" and "onnxruntime-gpu 1.24" in doctor.backend("onnx").detail
+
+
+@pytest.mark.parametrize("name", ["trt", "onediff"])
+def test_a_backend_that_is_not_there_yet_is_never_called_ok(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for installed in ({}, {d: "1" for line in doctor.BACKENDS[name] for d in line}):
+        monkeypatch.setattr(machine, "versions", lambda *dists, i=installed: {d: v for d, v in i.items() if d in dists})
+        row = doctor.backend(name)
+        assert row.status == "warn" and row.detail.startswith("not in this version") and not row.hint
 
 
 def test_python_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,12 @@ from buildtool.store.manifest import Check, TensorSpec, Variant
 from runtimes.base import Engine, EngineInputError
 
 pytestmark = pytest.mark.slow
-BACKENDS = ["torch"]
+ARTIFACTS = {"torch": "micro_artifact", "onnx": "micro_onnx_artifact"}
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
-def engine(request: pytest.FixtureRequest, micro_artifact: Path) -> Engine:
-    return runtimes.load(micro_artifact).artifacts[0].engine("unet", "nocfg")
+@pytest.fixture(scope="module", params=ARTIFACTS)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return runtimes.load(request.getfixturevalue(ARTIFACTS[request.param])).artifacts[0].engine("unet", "nocfg")
 
 
 @pytest.fixture

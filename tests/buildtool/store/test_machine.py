@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -165,3 +166,17 @@ def test_torchs_version_of_a_cuda_build(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_versions_of_what_is_installed() -> None:
     assert machine.versions("msgspec", "no-such-thing") == {"msgspec": importlib.metadata.version("msgspec")}
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "left"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_share_cores_shortens_the_spin_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch, set_by_user: dict[str, str], left: str | None
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_by_user.items():
+        monkeypatch.setenv(name, value)
+    machine.share_cores()
+    assert os.environ.get("GOMP_SPINCOUNT") == left

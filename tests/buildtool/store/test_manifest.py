@@ -134,7 +134,7 @@ def test_read_says_what_is_there(tmp_path: Path, example: Manifest) -> None:
         read(tmp_path)
     (tmp_path / manifests.MANIFEST).write_bytes(encode(example))
     assert read(tmp_path) == read(str(tmp_path)) == seal(example)
-    with pytest.raises(SdxlError, match="does not exist"):
+    with pytest.raises(SdxlError, match="is a file; an artifact is a folder"):
         read(tmp_path / manifests.MANIFEST)
     (tmp_path / manifests.MANIFEST).unlink()
     (tmp_path / manifests.MANIFEST).mkdir()

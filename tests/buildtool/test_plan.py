@@ -1,0 +1,121 @@
+"""Specs to keys: what changes which key, and what is refused before any work."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from buildtool import plan
+from buildtool.plan import Plan, Spec
+from buildtool.store.errors import SdxlError
+from buildtool.store.key import differences
+
+
+def one(**changes: Any) -> Plan:
+    (planned,) = plan.plan(Spec(**{"backend": "torch", "model": "tiny", "gpu": "cpu", **changes}))
+    return planned
+
+
+def test_the_table_of_components_is_the_exporters() -> None:
+    from exporters import sdxl
+
+    assert {c.name: c.source for c in sdxl.COMPONENTS} == plan.COMPONENTS
+    assert {c.name for c in sdxl.COMPONENTS if not c.sized} == set(plan.UNSIZED)
+    assert {c.name for c in sdxl.COMPONENTS if not c.batched} == set(plan.UNSIZED)
+
+
+def test_planning_imports_no_torch() -> None:
+    script = (
+        "import sys; from buildtool import plan; "
+        "plan.plan(plan.Spec(backend='torch', model='tiny', gpu='cpu')); "
+        "sys.exit(bool({'torch', 'diffusers', 'transformers', 'rich'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_the_same_spec_gives_the_same_key() -> None:
+    assert one().key == one().key and one().key.digest == one().key.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "ingredients"),
+    [
+        ({"resolutions": ((320, 256),)}, {"width"}),
+        ({"resolutions": ((256, 320),)}, {"height"}),
+        ({"batch": 2}, {"batch"}),
+    ],
+)
+def test_an_option_changes_its_ingredient(changes: dict[str, Any], ingredients: set[str]) -> None:
+    assert differences(one().key, one(**changes).key).keys() == ingredients
+
+
+def test_another_vae_changes_weights_and_code_of_the_vae_alone() -> None:
+    plain, tiny = one(), one(vae="tiny")
+    assert plain.key.weights["vae"] != tiny.key.weights["vae"]
+    changed = {name for name in plan.COMPONENTS if plain.code_keys[name].digest != tiny.code_keys[name].digest}
+    assert changed == {"vae_decoder"}
+
+
+def test_another_checkpoint_of_the_architecture_shares_all_code() -> None:
+    first, second = one(model="random:tiny:1"), one(model="random:tiny:2")
+    assert first.key.digest != second.key.digest
+    assert first.code_keys == second.code_keys == one().code_keys
+
+
+def test_text_encoders_share_code_between_resolutions_and_batches() -> None:
+    plain, other = one(), one(resolutions=((512, 256),), batch=4)
+    changed = {name for name in plan.COMPONENTS if plain.code_keys[name].digest != other.code_keys[name].digest}
+    assert changed == {"unet", "vae_decoder"}
+
+
+def test_the_vae_of_another_factor_changes_the_unets_code() -> None:
+    """Latents of another size are other inputs, though the UNet's own config is the same."""
+    assert one().code_keys["unet"].config["vae_scale_factor"] == 8
+
+
+def test_several_resolutions_are_several_plans() -> None:
+    planned = plan.plan(Spec(backend="torch", model="tiny", gpu="cpu", resolutions=((256, 256), (320, 192))))
+    assert [(p.width, p.height) for p in planned] == [(256, 256), (320, 192)]
+
+
+def test_the_command_builds_the_same_key() -> None:
+    planned = one(resolutions=((320, 192),), batch=2, vae="tiny")
+    from buildtool.cli import torch_command
+
+    words = list(planned.command[2:])
+    params = torch_command.make_context("torch", words).params
+    spec = {k: v for k, v in params.items() if k not in ("dry_run", "as_json")}
+    (again,) = plan.plan(Spec(backend=planned.command[1], **spec))
+    assert again.key == planned.key
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resolutions": ((250, 256),)}, "multiples of 8. Try --resolution 248x256"),
+        ({"resolutions": ((0, 256),)}, "multiples of 8"),
+        ({"precision": "fp16"}, "runs in fp32, not fp16"),
+        ({"batch": 0}, "at least 1"),
+        ({"gpu": "sm999"}, "sm999"),
+        ({"gpu": "sm86"}, "sm86"),
+        ({"model": "no/such/folder"}, "does not exist"),
+    ],
+)
+def test_what_cannot_be_built_is_told_at_once(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(SdxlError, match=words):
+        one(**changes)
+
+
+def test_a_vae_in_a_folder_is_named_by_its_folder_whatever_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from buildtool import models
+
+    shutil.copytree(models.TINY / "vae", tmp_path / "my-vae")
+    monkeypatch.chdir(tmp_path)
+    assert one(vae="my-vae").key == one(vae=str(tmp_path / "my-vae")).key
+    assert one(vae="my-vae").key.vae == "my-vae"
