@@ -199,9 +199,9 @@ def versions(*dists: str) -> dict[str, str]:
 def share_cores() -> None:
     """Keeps OpenMP's waiting threads from starving each other on a shared machine; call it before torch is imported.
 
-    By default libgomp's threads spin for milliseconds at every barrier. Where another program has one of the cores,
-    a step of the tiny model took 1 s instead of 0.03 s (two cores, measured); with a short spin it takes 0.07 s then,
-    and still 0.03 s on a quiet machine. Settings of the user's own are left alone.
+    By default libgomp's threads spin for milliseconds at every barrier. On two cores that another program shares,
+    the tiny model then runs at 0.3 steps/s instead of 33; with this short spin at 9, and at 30 on a quiet machine
+    (benchmarks/RESULTS.md). Settings of the user's own are left alone.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "4000")

@@ -169,7 +169,7 @@ def test_versions_of_what_is_installed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("set_by_user", "left"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+    ("set_by_user", "left"), [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
 )
 def test_share_cores_shortens_the_spin_unless_the_user_chose(
     monkeypatch: pytest.MonkeyPatch, set_by_user: dict[str, str], left: str | None
