@@ -31,7 +31,7 @@ def test_everything_is_on_the_canvas_and_apart(width: int, height: int) -> None:
 
 
 def test_things_that_overlap_do_not_fit() -> None:
-    thing = world.Thing("circle", "red", "large", place="centre")
+    thing = world.Thing("circle", "red", "medium", place="centre")
     apart = world.Scene((thing, replace(thing, colour="blue", size="small", place="top left")), "white")
     assert world.fits(apart, 256, 256)
     assert not world.fits(replace(apart, things=(thing, replace(thing, colour="blue"))), 256, 256)
