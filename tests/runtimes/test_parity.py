@@ -12,6 +12,7 @@ import torch
 import runtimes
 from buildtool import models
 from runtimes.pipeline import Pipeline
+from tests.conftest import Builder
 
 pytestmark = pytest.mark.slow
 
@@ -224,3 +225,16 @@ def test_pictures(ours: Pipeline, diffusers_pipeline: Any) -> None:
     for a, b in zip(mine, reference, strict=True):
         assert (a.mode, a.size) == (b.mode, b.size)
         assert int(abs(numpy.asarray(a, dtype=int) - numpy.asarray(b, dtype=int)).max()) <= 1
+
+
+def test_the_tiny_vae(sdxl_build: Builder, tiny_artifact: Path) -> None:
+    from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(models.TINY, dtype=torch.float32, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae = AutoencoderTiny.from_pretrained(models.TINY / "vae_tiny", dtype=torch.float32)
+    built = sdxl_build("tiny", "--vae", "tiny")
+    assert built["hit"] or built["compiled"] == ["vae_decoder.main"]
+    call = {"prompt": "a red circle", "num_inference_steps": 5, "output_type": "pt"}
+    mine, reference = (p(generator=seeds(1), **call).images for p in (runtimes.load(built["path"]), pipeline))
+    assert float((mine - reference).abs().max()) < 1e-4
