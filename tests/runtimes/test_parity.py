@@ -72,9 +72,30 @@ def test_guidance_and_negative_prompt(
     )
 
 
+@pytest.fixture(scope="module")
+def random_pair(sdxl_build: Builder, tiny_artifact: Path) -> tuple[Pipeline, Any]:
+    """tiny's architecture with random weights, ours and diffusers'.
+
+    The trained model is undecided about an empty prompt or a cut one: there eager differs from itself by
+    1e-4 when its start noise changes by 1e-7, so those prompts are compared on weights that don't amplify.
+    """
+    from diffusers import StableDiffusionXLPipeline
+
+    theirs = StableDiffusionXLPipeline.from_pretrained(models.TINY, dtype=torch.float32, add_watermarker=False)
+    theirs.set_progress_bar_config(disable=True)
+    source = models.resolve("random:tiny:3")
+    for name in source.weights:
+        module = getattr(theirs, name)
+        own = module.state_dict()
+        module.load_state_dict(
+            {(k if k in own else k.removeprefix("text_model.")): v for k, v in source.tensors(name).items()}
+        )
+    return runtimes.load(sdxl_build("random:tiny:3")["path"]), theirs
+
+
 @pytest.mark.parametrize("prompt", ["wow! a red circle!!", "un café crème à Ängelholm, naïve 漢字 🦊", LONG, ""])
-def test_prompts(ours: Pipeline, diffusers_pipeline: Any, prompt: str) -> None:
-    compare(ours, diffusers_pipeline, prompt=prompt, num_inference_steps=5)
+def test_prompts(random_pair: tuple[Pipeline, Any], prompt: str) -> None:
+    compare(*random_pair, prompt=prompt)
 
 
 def test_both_prompts(ours: Pipeline, diffusers_pipeline: Any) -> None:
