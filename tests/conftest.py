@@ -5,6 +5,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pytest
 
 from buildtool.store import machine
 
+# A runner that was started in the background ignores Ctrl-C, and its children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 machine.share_cores()  # before torch is imported: CI's cores are shared
 
 from tests import micro  # noqa: E402

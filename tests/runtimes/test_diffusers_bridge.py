@@ -47,7 +47,7 @@ def test_pictures_are_the_pipelines_own(plain: Any, attached: Any, arguments: di
 
 def test_the_decoder_too(plain: Any, attached: Any) -> None:
     one, two = (latents(p, num_inference_steps=3, output_type="pt", num_images_per_prompt=2) for p in (plain, attached))
-    assert float((one - two).abs().max()) < 1e-4
+    assert float((one - two).abs().max()) < 2e-3  # half a grey level
     assert attached.vae.decoder is None
 
 

@@ -124,7 +124,8 @@ def test_four_images_on_batch_2(ours_pairs: Pipeline, diffusers_pipeline: Any) -
 
 
 def test_three_images_on_batch_2_pad_the_last_chunk(ours_pairs: Pipeline, diffusers_pipeline: Any) -> None:
-    compare(ours_pairs, diffusers_pipeline, (1, 2, 3), prompt=["a", "b", "c"], num_inference_steps=5)
+    prompts = ["a red circle on the left", "a blue star at the top", "a large green square on the right"]
+    compare(ours_pairs, diffusers_pipeline, (1, 2, 3), prompt=prompts)
 
 
 def test_second_resolution(ours: Pipeline, diffusers_pipeline: Any) -> None:
