@@ -19,8 +19,6 @@ from buildtool.store import files
 from buildtool.store.errors import SdxlError
 from exporters.base import ExportError, Request
 
-_NEARLY_FULL = 1 << 20
-
 
 @dataclass(frozen=True)
 class Job:
@@ -87,7 +85,7 @@ class Pool:
         answer = self._answer(name)
         if self._codes[name] == 0 and answer:
             return answer
-        if not answer and files.free_bytes(self._scratch) < _NEARLY_FULL:
+        if not answer and files.free_bytes(self._scratch) < files.NEARLY_FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the store says whose disk
         log = self._keep_log(name)
         if "error" in answer:

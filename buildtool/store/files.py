@@ -33,6 +33,10 @@ class Listed(Protocol):
     def files(self) -> Mapping[str, FileEntry]: ...
 
 
+NEARLY_FULL = 1 << 20
+"""Bytes; a disk with less free is taken for full when a write failed without saying why."""
+
+
 def human_size(count: float) -> str:
     """Bytes as people read them, in powers of ten: ``8.5 MB``."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -34,7 +34,6 @@ from buildtool.store.summary import Summary
 __all__ = ["Found", "Pruned", "Store", "describe", "missing_files", "verify_files"]
 
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._,+-]*")
-_NEARLY_FULL = 1 << 20
 
 
 class Found(NamedTuple):
@@ -388,7 +387,7 @@ class Store:
             return files.disk_error(error, self.root, written=written) if ours or full else None
         # Compilers and torch's own writers report a full disk in words, or as a failed write.
         said = "No space left on device" in str(error)
-        if said or (isinstance(error, RuntimeError) and files.free_bytes(self.root) < _NEARLY_FULL):
+        if said or (isinstance(error, RuntimeError) and files.free_bytes(self.root) < files.NEARLY_FULL):
             import tempfile
 
             # A compiler removes what it couldn't finish, so the full disk may have room again.
