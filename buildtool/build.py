@@ -1,8 +1,8 @@
 """Makes an artifact that isn't there: export -> compile -> check against eager -> commit."""
 
 import contextlib
+import dataclasses
 import datetime
-import gc
 import json
 import os
 import platform
@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from safetensors.torch import save_file
 
-from buildtool import compiler, golden, gpu, tokenizers
+from buildtool import compiler, golden, gpu, gpu_room, tokenizers
 from buildtool.checkpoint.configs import vae_scale_factor
 from buildtool.plan import Plan
 from buildtool.progress import Progress
@@ -87,7 +87,9 @@ class _Build:
             precision=planned.key.precision,
             device=planned.target.torch_device,
             target=planned.target.name,
+            options=planned.key.options,
         )
+        self.on_gpu = planned.target.device == "cuda" and registry.backend(planned.spec.backend).tunes
         self.built = Built(Path(), hit=False)
         self.digests: dict[str, str] = {}
         self.golden: dict[str, Any] = {}
@@ -96,14 +98,18 @@ class _Build:
         self.exporter.check_request(self.request)
         with self.store.stage(needs=self._needs()) as stage, contextlib.ExitStack() as locks:
             jobs = self._missing_code(locks)
-            with compiler.Pool(self.planned.spec.jobs, self.progress) as pool, self.store.stage() as scratch:
+            reference, at_once = self._reference(), self.planned.spec.jobs
+            if self.on_gpu and jobs:
+                room = gpu_room.compilers(self.source.parameters, self.request, reference.device != "cpu")
+                at_once = min(at_once or room, room)
+            index = self.planned.target.index if self.on_gpu else None
+            with compiler.Pool(at_once, self.progress, index) as pool, self.store.stage() as scratch:
                 pool.start(jobs, scratch)
                 tensors = {name: self.source.tensors(row.source) for name, row in self.table.items()}
                 for name, row in self.table.items():  # while the compilers run
                     with self.progress.stage(f"{name}: fp32 eager"):
-                        made = sdxl.golden(row, self.source.configs, tensors[name], self.request)
-                        self.golden |= made
-                        gc.collect()
+                        self.golden |= sdxl.golden(row, self.source.configs, tensors[name], reference)
+                        gpu_room.release()
                 for name in {job.component: None for job in jobs}:
                     self._keep_code(name, pool)
             locks.close()
@@ -116,6 +122,13 @@ class _Build:
                 self.built.path = self.store.commit(stage, self.key)
         self.built.seconds = dict(self.progress.seconds)
         return self.built
+
+    def _reference(self) -> Request:
+        """The request with the device that fp32 eager runs on: the GPU, if it has room, else the CPU."""
+        if not self.on_gpu or gpu_room.reference_fits(self.source.parameters, self.request):
+            return self.request
+        self.progress.say("fp32 eager runs on the CPU, which takes minutes: the GPU has no room for it.")
+        return dataclasses.replace(self.request, device="cpu")
 
     def _needs(self) -> int:
         """Bytes that the weights will take at most; code is small beside them."""
@@ -130,6 +143,8 @@ class _Build:
         Every builder locks in the table's order, so none waits for one that waits for it.
         """
         jobs = []
+        # A compiler's process sees one GPU, whichever it is here.
+        request = dataclasses.replace(self.request, device="cuda:0") if self.on_gpu else self.request
         for name, row in self.table.items():
             digest = self.planned.code_keys[name].digest
             if self.store.code(digest) and not self.planned.spec.force:
@@ -138,14 +153,16 @@ class _Build:
             if self.store.code(digest) and not self.planned.spec.force:
                 continue
             for variant in row.variants:
-                jobs.append(compiler.Job(self.planned.spec.backend, name, variant, self.source.configs, self.request))
+                jobs.append(compiler.Job(self.planned.spec.backend, name, variant, self.source.configs, request))
         return jobs
 
     def _keep_code(self, name: str, pool: compiler.Pool) -> None:
         """Commits a component's compiled variants to the store, for every checkpoint of its architecture."""
         row = self.table[name]
         precision = row.precision(self.source.configs, self.request)
-        check = Check(status="deferred", error={}, tolerance=row.tolerance[precision], reason="never run so far")
+        # What is upcast in an fp16 artifact is held to fp16's tolerance: its products may be TF32's.
+        tolerance = row.tolerance[self.request.precision]
+        check = Check(status="deferred", error={}, tolerance=tolerance, reason="never run so far")
         tensors: dict[str, StoredTensor] = {}
         variants = {}
         with self.store.stage() as out:

@@ -83,6 +83,12 @@ def _build_options(command: Command) -> Command:
             "--gpu", default="auto", show_default=True, metavar="auto|cpu|smNN", help="What the artifact runs on."
         ),
         click.option(
+            "--gpu-index",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="Which of several GPUs builds, as CUDA numbers them.  [default: the first that fits]",
+        ),
+        click.option(
             "--resolution",
             "resolutions",
             type=_Resolution(),

@@ -43,11 +43,16 @@ class Pool:
 
     Args:
         at_once: processes at the same time; 0 for one a core.
+        gpu_index: the one visible GPU that the processes see, as ``cuda:0``; None for none in particular.
     """
 
-    def __init__(self, at_once: int, progress: Progress) -> None:
-        self._at_once = at_once or len(os.sched_getaffinity(0))
+    def __init__(self, at_once: int, progress: Progress, gpu_index: int | None = None) -> None:
+        cores = len(os.sched_getaffinity(0))
+        self._at_once = at_once or cores
         self._progress = progress
+        self._environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // 2)), **os.environ}
+        if gpu_index is not None:
+            self._environment["CUDA_VISIBLE_DEVICES"] = visible_device(gpu_index)
         self._waiting: list[Job] = []
         self._running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
         self._codes: dict[str, int] = {}
@@ -113,7 +118,7 @@ class Pool:
             asked.write_text(json.dumps({**dataclasses.asdict(job), "out": str(out.absolute())}))
             # Intermediate files go with the scratch folder: a compiler that is killed leaves none in /tmp.
             places = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TMPDIR": "tmp"}
-            environment = os.environ | {name: str((self._scratch / p).absolute()) for name, p in places.items()}
+            environment = self._environment | {name: str((self._scratch / p).absolute()) for name, p in places.items()}
             with open(self._scratch / f"{job.name}.log", "wb") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "exporters.worker", str(asked.absolute())],
@@ -145,6 +150,12 @@ class Pool:
         with contextlib.suppress(OSError):
             Path(kept).write_bytes(log.read_bytes())
         return Path(kept)
+
+
+def visible_device(index: int) -> str:
+    """The value of ``CUDA_VISIBLE_DEVICES`` with which a process sees only this one's device ``index``."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[index] if index < len(visible) else str(index)
 
 
 def _last_line(log: Path) -> str:

@@ -23,8 +23,6 @@ GB = 1_000_000_000
 DISK_WANTED = 25 * GB
 # The UNet in fp32 for the golden tensors is 10 GB; exporting and compiling add to it.
 MEMORY_WANTED = 16 * GB
-# First driver branch that runs code of a CUDA major version.
-MIN_DRIVER = {12: 525, 13: 580}
 
 # Backend -> what it needs: each line is one of several distributions that will do.
 BACKENDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -219,8 +217,8 @@ def gpus() -> list[Row]:
 
 def _driver(version: str) -> Row:
     cuda = machine.torch_version().get("cuda", "none")
-    needed = MIN_DRIVER.get(_numbers(cuda)[0]) if cuda != "none" else None
-    if needed and version[:1].isdigit() and _numbers(version)[0] < needed:
+    needed = machine.needed_driver(version, cuda)
+    if needed:
         hint = f"Update the driver to {needed} or newer, or install a torch for an older CUDA."
         return Row("driver", "warn", f"{version}, too old for torch's CUDA {cuda}", hint)
     return Row("driver", "ok", version)

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from buildtool import gpu_room
 from buildtool.plan import COMPONENTS, Plan
 from buildtool.store import files
 from buildtool.store.manifest import Manifest
 from buildtool.store.store import Store
 from buildtool.store.summary import Summary
+from exporters.base import Request
 
 # Measured (benchmarks/RESULTS.md): fp32 eager reference plus what torch itself takes, and the package's code.
 IMPORTS_BYTES = 1_200_000_000
@@ -16,8 +18,9 @@ CODE_BYTES = 20_000_000
 def estimate(planned: Plan) -> dict[str, Any]:
     """A plan as plain data: its key, hit or miss and why, and what a build would take.
 
-    ``disk_bytes`` counts what the store would grow by; ``memory_bytes`` is host memory (on a GPU the
-    same again there); ``seconds`` is what the nearest build of this model took here, or None.
+    ``disk_bytes`` counts what the store would grow by; ``memory_bytes`` is host memory,
+    ``gpu_memory_bytes`` what fp32 eager and one compiler take on a GPU together (0 for a CPU);
+    ``seconds`` is what the nearest build of this model took here, or None.
     """
     store = Store(planned.spec.artifacts)
     found = store.find(planned.key)
@@ -39,9 +42,23 @@ def estimate(planned: Plan) -> dict[str, Any]:
         "disk_bytes": 0 if found.path else sum(parameters[of] * width for of in fresh) + CODE_BYTES * bool(compiles),
         "disk_free_bytes": files.free_bytes(store.base),
         "memory_bytes": 0 if found.path else IMPORTS_BYTES * (1 + len(compiles)) + largest * (4 + width),
+        "gpu_memory_bytes": 0 if found.path or planned.target.device == "cpu" else _gpu_memory(planned),
         "seconds": None if found.path else _seconds(store, planned),
         "command": list(planned.command),
     }
+
+
+def _gpu_memory(planned: Plan) -> int:
+    request = Request(
+        width=planned.width,
+        height=planned.height,
+        batch=planned.spec.batch,
+        precision=planned.key.precision,
+        device=planned.target.torch_device,
+        target=planned.target.name,
+    )
+    parameters = planned.source.parameters
+    return gpu_room.reference_bytes(parameters, request) + gpu_room.compiler_bytes(parameters, request)
 
 
 def _weights_in(store: Store) -> set[str]:
@@ -78,6 +95,10 @@ def render(told: dict[str, Any]) -> str:
         f"  disk     {files.human_size(told['disk_bytes'])} of {files.human_size(told['disk_free_bytes'])} free"
     )
     lines.append(f"  memory   about {files.human_size(told['memory_bytes'])}")
+    if told["gpu_memory_bytes"]:
+        lines.append(
+            f"  GPU      about {files.human_size(told['gpu_memory_bytes'])}; with less, fp32 eager runs on the CPU"
+        )
     seconds = told["seconds"]
     took = f"about {seconds:.0f} s of work" if seconds is not None else "not known: nothing like it was built here"
     return "\n".join([*lines, f"  time     {took}"])

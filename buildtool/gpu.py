@@ -49,29 +49,35 @@ class Target:
         return self.device if self.device == "cpu" else f"cuda:{self.index}"
 
 
-def resolve_target(gpu: str) -> Target:
+def resolve_target(gpu: str, index: int | None = None) -> Target:
     """The target that ``--gpu`` names.
 
     Args:
-        gpu: ``auto`` (this machine's first visible GPU), ``cpu``, ``smNN``, or a list such as ``sm86,sm89``.
+        gpu: ``auto`` (a GPU of this machine), ``cpu``, ``smNN``, or a list such as ``sm86,sm89``.
+        index: which of the visible GPUs; the first one (that fits) by default.
 
     Raises:
-        SdxlError: ``auto`` without a GPU, or a target that is not known.
+        SdxlError: ``auto`` without a GPU, a target that is not known, or no GPU of that number.
     """
     asked = [name.strip().lower() for name in gpu.split(",") if name.strip()]
     if asked == ["auto"]:
         present = machine.gpus()
         if not present:
             raise SdxlError("No GPU was found on this machine.", "To build for its CPU, add: --gpu cpu")
-        return Target(present[0].target, present[0].name, "cuda", present[0].index)
+        chosen = present[0] if index is None else machine.require_gpu(index)
+        return Target(chosen.target, chosen.name, "cuda", chosen.index)
     if asked == ["cpu"]:
+        if index is not None:
+            raise SdxlError("--gpu cpu and --gpu-index contradict each other.", "Leave one out.")
         return Target(f"cpu-{machine.cpu_isa()}", "any", "cpu", 0)
     unknown = [name for name in asked if name not in TARGETS]
     if unknown or not asked:
         what = f"a list cannot hold {unknown[0]!r}" if unknown and unknown[0] in ("auto", "cpu") else "not a target"
         raise SdxlError(f"--gpu {gpu!r}: {what}.", f"Give auto, cpu, or one or several of {', '.join(TARGETS)}.")
     names = sorted(set(asked), key=list(TARGETS).index)
-    fitting = _fitting(names)
+    fitting = _fitting(names) if index is None else machine.require_gpu(index)
+    if fitting is not None and fitting.target not in names:
+        raise SdxlError(f"GPU {index} is {fitting.name} ({fitting.target}), not {gpu}.", f"Try --gpu {fitting.target}.")
     if fitting is None:
         return Target("+".join(names), "any", "cuda", 0)
     return Target("+".join(names), fitting.name, "cuda", fitting.index)
@@ -99,6 +105,7 @@ def require_present(target: Target, backend: str) -> None:
             f"this machine has {here}.",
             hint,
         )
+    machine.require_gpu(target.index)
 
 
 def _fitting(names: Sequence[str]) -> machine.Gpu | None:

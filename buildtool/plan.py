@@ -30,6 +30,7 @@ class Spec:
     variant: str | None = None
     config: Path | None = None
     gpu: str = "auto"
+    gpu_index: int | None = None
     resolutions: tuple[tuple[int, int], ...] = ()
     batch: int = 1
     precision: str | None = None
@@ -74,7 +75,7 @@ def plan(spec: Spec, progress: Progress | None = None) -> list[Plan]:
         SdxlError: the model, the GPU or an option can't be served.
     """
     row = registry.backend(spec.backend)
-    target = gpu.resolve_target(spec.gpu)
+    target = gpu.resolve_target(spec.gpu, spec.gpu_index)
     precision = spec.precision or ("fp32" if target.device == "cpu" else "fp16")
     if precision not in PRECISIONS:
         raise SdxlError(f"The {spec.backend} backend has no precision {precision}.", f"Try: {', '.join(PRECISIONS)}.")
@@ -119,6 +120,9 @@ def _plan(
     factor: int,
 ) -> Plan:
     toolchain = _toolchain(row, target)
+    options = dict(row.options.get(target.device, {}))
+    if precision == "fp32":  # who asks for it wants all of it; elsewhere it is for what is upcast (the VAE)
+        options.pop("tf32", None)
     gpu_name = target.gpu_name if row.tunes else "any"
     key = ArtifactKey(
         key_version=KEY_VERSION,
@@ -136,7 +140,7 @@ def _plan(
         batch=spec.batch,
         precision=precision,
         vae=Path(spec.vae).resolve().name if Path(spec.vae).is_dir() else spec.vae,
-        options=dict(row.options.get(target.device, {})),
+        options=options,
         toolchain={**toolchain, **_installed("transformers", "tokenizers", hint="pip install sdxl-build")},
     )
     upcast = precision == "fp16" and source.configs["vae"].get("force_upcast", False)
@@ -155,7 +159,7 @@ def _plan(
             height=height if sized else 0,
             batch=spec.batch if sized else 0,
             precision="fp32" if of == "vae" and upcast else precision,
-            options={},
+            options={n: v for n, v in options.items() if n == "tf32" and of == "vae" and upcast},
             toolchain=toolchain,
         )
     return Plan(spec, source, target, width, height, key, codes)

@@ -33,7 +33,13 @@ class Backend:
 
 BACKENDS = {
     "torch": Backend(
-        "exporters.torch_package:TorchExporter", "torch_package", ("diffusers",), 1, True, "pip install sdxl-build", {}
+        exporter="exporters.torch_package:TorchExporter",
+        loader="torch_package",
+        distributions=("diffusers",),
+        version=2,
+        tunes=True,
+        install="pip install sdxl-build",
+        options={"cuda": {"tf32": True}},
     ),
     "onnx": Backend(
         exporter="exporters.onnx_graph:OnnxExporter",

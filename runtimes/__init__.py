@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from runtimes.gpu_upload import Uploads
     from runtimes.pipeline import Pipeline
 
 __all__ = ["load"]
@@ -16,13 +17,16 @@ def load(
     *,
     device: "str | torch.device | None" = None,
     scheduler: Any = None,
+    uploads: "Uploads | None" = None,
 ) -> "Pipeline":
     """Opens an artifact, or several of one model in different resolutions.
 
     Args:
         path: an artifact's folder, or a list of them.
         device: where to run, ``cuda:1`` for example; by default what the artifact was built for.
-        scheduler: any diffusers scheduler instead of the artifact's own Euler.
+        scheduler: any diffusers scheduler instead of the artifact's own.
+        uploads: from :func:`runtimes.gpu_upload.begin`, where the upload of the weights to a GPU was begun
+            before torch was imported.
 
     Raises:
         SdxlError: no artifact there, or one that can't run here.
@@ -31,4 +35,4 @@ def load(
     from runtimes.pipeline import Pipeline
 
     paths = path if isinstance(path, list) else [path]
-    return Pipeline(open_all(paths, device), scheduler)
+    return Pipeline(open_all(paths, device, uploads), scheduler)

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from buildtool.store import machine
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
 from buildtool.store.store import missing_files
-from runtimes import registry
+from runtimes import gpu_upload, registry
 from runtimes.base import Engine, Size, rebuild_hint
+from runtimes.gpu_upload import Uploads
 from runtimes.weights import Weights
 
 Engines = dict[tuple[str, ...], Engine]
@@ -99,17 +101,24 @@ def device_for(manifest: Manifest, asked: str | torch.device | None) -> torch.de
     if device.type != kind:
         raise SdxlError(f"The artifact was built for {manifest.key.target}; it can't run on {device}.")
     if kind == "cuda":
-        if not torch.cuda.is_available():
+        if not machine.gpus():
             raise SdxlError(
-                f"The artifact was built for {manifest.key.target}, and torch {torch.__version__} sees no GPU here.",
+                f"The artifact was built for {manifest.key.target}, and there is no GPU here.",
                 "See what is there: sdxl-build doctor",
             )
-        device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        machine.require_gpu(index)
+        device = torch.device("cuda", index)
     return device
 
 
-def open_all(paths: list[str | os.PathLike[str]], device: str | torch.device | None) -> list[Artifact]:
+def open_all(
+    paths: list[str | os.PathLike[str]], device: str | torch.device | None, uploads: Uploads | None = None
+) -> list[Artifact]:
     """Opens artifacts of the same model that differ in resolution, on one device.
+
+    Args:
+        uploads: their weights, where somebody began to upload them already.
 
     Raises:
         SdxlError: a folder is no artifact, can't run here, or doesn't belong to the others.
@@ -118,7 +127,6 @@ def open_all(paths: list[str | os.PathLike[str]], device: str | torch.device | N
         raise SdxlError("No artifact was named.", "List what is there with: sdxl-build ls")
     read = [(Path(path), manifests.read(path)) for path in paths]
     where = device_for(read[0][1], device)
-    weights, engines = Weights(where), Engines()
     first = read[0][1].key
     sizes: dict[Size, Path] = {}
     for path, manifest in read:
@@ -128,4 +136,8 @@ def open_all(paths: list[str | os.PathLike[str]], device: str | torch.device | N
         if (key.width, key.height) in sizes:
             raise SdxlError(f"{path} and {sizes[key.width, key.height]} both make {key.width}x{key.height}.")
         sizes[key.width, key.height] = path
-    return [Artifact(path, manifest, where, weights, engines) for path, manifest in read]
+    weights, engines = Weights(where), Engines()
+    opened = [Artifact(path, manifest, where, weights, engines) for path, manifest in read]
+    # Once nothing is left to refuse: the weights come in while engines are opened and prompts encoded.
+    weights.expect(uploads or (gpu_upload.begin(read, where.index) if where.type == "cuda" else None))
+    return opened

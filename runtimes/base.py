@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from buildtool.store.manifest import Component, Manifest, TensorSpec, Variant
+from runtimes import timeline
 from runtimes.weights import Weights
 
 Size = tuple[int, int]
@@ -146,5 +147,7 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
+        took, self._last = now - self._last, now
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + took
+        end = timeline.now()
+        timeline.add(stage, end - took, end)

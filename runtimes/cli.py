@@ -15,7 +15,7 @@ from buildtool.store import machine
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
-from runtimes import jobs
+from runtimes import jobs, timeline
 from runtimes.jobs import MAX_SEED, Job
 from runtimes.names import Names
 
@@ -89,15 +89,22 @@ def _digests(context: click.Context, option: click.Parameter, values: tuple[str,
     help="Refuse an artifact whose manifest has another digest or whose files have changed, before any of its "
     "code is loaded. With several --engine, one for each.",
 )
+@click.option(
+    "--gpu-index",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Which of several GPUs, as CUDA numbers them.  [default: the first]",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of paths.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, seed or times on stderr.")
-@click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done.")
+@click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done, and when it was.")
 def command(
     engines: tuple[str, ...],
     prompts: tuple[str, ...],
     prompts_file: str | None,
     out: str | None,
     digests: tuple[str, ...],
+    gpu_index: int | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -121,7 +128,7 @@ def command(
     except (ValueError, SdxlError) as error:
         raise click.UsageError(str(error)) from None
     drawn = options.seed if settings["seed"] is None else None
-    run = Run(_folders(engines), digests, options, places, drawn, quiet=quiet)
+    run = Run(_folders(engines), digests, options, places, drawn, gpu_index, quiet=quiet, verbose=verbose)
     with _log_to_stderr(verbose):
         try:
             if prompts_file == "-":
@@ -144,16 +151,22 @@ class Run:
         options: Job,
         places: Names,
         drawn: int | None,
+        gpu_index: int | None,
         *,
         quiet: bool,
+        verbose: bool,
     ) -> None:
         from runtimes.session import Planner
 
         self._start = time.perf_counter()
+        timeline.add("python", 0.0, timeline.now())
         self._folders = folders
         self._drawn = drawn
-        self._quiet = quiet
-        found = [manifests.read(folder) for folder in folders]
+        self._gpu_index = gpu_index
+        self._quiet, self._verbose = quiet, verbose
+        with timeline.span("manifests"):
+            found = [manifests.read(folder) for folder in folders]
+        self._manifests = found
         if digests:
             for folder, manifest in zip(folders, found, strict=True):
                 _expect(folder, manifest, digests)
@@ -192,10 +205,22 @@ class Run:
 
     def _load(self) -> Any:
         import runtimes
+        from runtimes import gpu_upload
         from runtimes.session import Session
 
         start = time.perf_counter()
-        pipeline = runtimes.load([*self._folders])
+        device = self._device()
+        artifacts = list(zip(self._folders, self._manifests, strict=True))
+        uploads = gpu_upload.begin(artifacts, self._gpu_index or 0)  # while torch is being imported
+        try:
+            with timeline.span("import torch"):
+                import torch  # noqa: F401
+            with timeline.span("open artifact"):
+                pipeline = runtimes.load([*self._folders], device=device, uploads=uploads)
+        except BaseException:
+            if uploads is not None:
+                uploads.cancel()
+            raise
         session = Session(pipeline, self._bar)
         session.seconds["load"] = time.perf_counter() - start
         self.saved = session.saved
@@ -203,9 +228,28 @@ class Run:
             click.echo(f"Seed: {self._drawn}", err=True)
         return session
 
+    def _device(self) -> str | None:
+        """The device to ask for, if the artifacts are for a GPU: it must be there before anything is begun.
+
+        Raises:
+            SdxlError: no such GPU, or a driver that is too old for torch.
+        """
+        if self._manifests[0].key.target.startswith("cpu"):
+            if self._gpu_index is not None:
+                raise SdxlError(
+                    f"{self._folders[0]} was built for {self._manifests[0].key.target}; it runs on no GPU.",
+                    "Leave --gpu-index out.",
+                )
+            return None
+        if not machine.gpus():
+            return None  # torch isn't asked either: opening the artifact says what is missing
+        return f"cuda:{machine.require_gpu(self._gpu_index or 0).index}"
+
     def _report(self, session: Any) -> dict[str, Any]:
         session.seconds["total"] = time.perf_counter() - self._start
-        report: dict[str, Any] = session.report()
+        report: dict[str, Any] = {**session.report(), "timeline": timeline.as_dicts()}
+        if self._verbose and self.saved:
+            click.echo(timeline.render(timeline.spans()), err=True)
         if not self._quiet and self.saved:
             click.echo(_summary(report), err=True)
         return report

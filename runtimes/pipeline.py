@@ -121,8 +121,9 @@ class Pipeline:
         width, height = artifact.size
         guides = guidance_scale > 1
         self._clock.start()
+        # Engines are loaded just before they are needed: on a GPU the UNet's weights arrive while prompts are encoded.
         self._load(
-            artifact, texts=prompt is not None, guides=guides, until=guidance_until, decodes=output_type != "latent"
+            artifact, {("text_encoder", "main"): prompt is not None, ("text_encoder_2", "main"): prompt is not None}
         )
         self._clock.stop("load")
 
@@ -148,6 +149,15 @@ class Pipeline:
             embeds, pooled, sizes.repeat(count, 1), without, pooled_without, negative_sizes.repeat(count, 1)
         )
         self._clock.stop("encode")
+        self._load(
+            artifact,
+            {
+                ("unet", "cfg"): guides,
+                ("unet", "nocfg"): not guides or guidance_until < 1,
+                ("vae_decoder", "main"): output_type != "latent",
+            },
+        )
+        self._clock.stop("load")
 
         # 2. Time steps and noise.
         steps = self._timesteps(num_inference_steps, timesteps, sigmas, denoising_end)
@@ -199,15 +209,8 @@ class Pipeline:
             f"Build it: {' '.join(_with_size(first.manifest.command, wanted))}",
         )
 
-    def _load(self, artifact: Artifact, *, texts: bool, guides: bool, until: float, decodes: bool) -> None:
-        """Loads the engines that a call will use, so that no stage's time holds a load."""
-        wanted = {
-            ("text_encoder", "main"): texts,
-            ("text_encoder_2", "main"): texts,
-            ("unet", "cfg"): guides,
-            ("unet", "nocfg"): not guides or until < 1,
-            ("vae_decoder", "main"): decodes,
-        }
+    def _load(self, artifact: Artifact, wanted: dict[tuple[str, str], bool]) -> None:
+        """Loads the engines that a stage will use, so that no stage's time holds a load."""
         for (component, variant), needed in wanted.items():
             if needed:
                 artifact.engine(component, variant)

@@ -13,7 +13,7 @@ import msgspec
 
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
-from runtimes import names
+from runtimes import names, timeline
 from runtimes.jobs import Job, Parameters
 
 Size = tuple[int, int]
@@ -154,7 +154,8 @@ class Session:
                 images = self._call(group, progress)
             start = time.perf_counter()
             for picture, image in zip(group, images, strict=True):
-                self._save(picture, image)
+                with timeline.span("save"):
+                    self._save(picture, image)
                 self._add("save", time.perf_counter() - start)
                 self.saved.append(picture)
                 yield picture

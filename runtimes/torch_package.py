@@ -1,7 +1,8 @@
 """Runs the torch backend's packages: AOTInductor code, weights attached by pointer."""
 
+import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,43 @@ from torch import Tensor
 from buildtool.store import machine
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Component, Manifest, Variant
+from runtimes import timeline
 from runtimes.base import Engine, Loader, rebuild_hint
+from runtimes.cuda_graph import GraphedCall
+from runtimes.gpu_upload import out_of_memory
 
 
 class TorchPackageEngine(Engine):
-    """A ``.pt2`` package with its constants attached.
+    """A ``.pt2`` package with its constants attached; on a GPU it runs as a CUDA graph.
 
     The package is opened through torch's C++ loader: ``torch._inductor.aoti_load_package`` does the
     same after seconds of imports that only a compiler needs.
+
+    Args:
+        tf32: whether fp32 products may use TF32 (a VAE that is upcast in an fp16 artifact).
     """
 
     def __init__(
-        self, path: Path, name: str, variant: Variant, weights: Mapping[str, Tensor], device: torch.device
+        self,
+        path: Path,
+        name: str,
+        variant: Variant,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        tf32: bool = False,
     ) -> None:
         super().__init__(name, variant, device)
+        with timeline.span(f"open {name}"):
+            self._open(path, variant)
+        self._variant, self._tf32 = variant, tf32
+        self._graph: GraphedCall | None = None
+        self.attach(weights)
+        if device.type == "cuda":
+            self._graph = GraphedCall(name, self._launch, variant.inputs, variant.outputs, device)
+
+    def _open(self, path: Path, variant: Variant) -> None:
         # One runner and no thread of its own: what CUDA graphs need, and weights are shared anyway.
-        index = -1 if device.index is None else device.index
+        index = -1 if self.device.index is None else self.device.index
         try:
             self._package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
         except RuntimeError as error:  # it unpacks the file below TMPDIR and opens the library there
@@ -42,12 +64,57 @@ class TorchPackageEngine(Engine):
                 f"{path} reads other weights than its manifest says: "
                 f"{', '.join(sorted(wanted ^ variant.constants.keys())[:4])}."
             )
-        self.constants = {constant: weights[stored] for constant, stored in variant.constants.items()}
+
+    def attach(self, weights: Mapping[str, Tensor]) -> None:
+        """Makes the code read these tensors, by address: changed in place, the next call sees it.
+
+        A CUDA graph holds addresses too, so it is recorded again if there was one.
+
+        Args:
+            weights: the component's stored tensors by name, as the manifest lays them out.
+        """
+        self.constants = {constant: weights[stored] for constant, stored in self._variant.constants.items()}
         # user_managed: the package keeps pointers and no copies, so the tensors must live as long.
         self._package.load_constants(self.constants, False, True, True)
+        if self._graph is not None:
+            self._graph.forget("its weights have moved")
 
     def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(self._package.boxed_run(inputs))
+        if self._graph is None:
+            return tuple(self._package.boxed_run(inputs))
+        if self._graph.recorded:
+            return self._graph(inputs)
+        with timeline.span(f"record {self.name}"), out_of_memory_told(self.name, self.device):
+            return self._graph(inputs)
+
+    def _launch(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        with _tf32(self._tf32):
+            return tuple(self._package.boxed_run(list(inputs)))
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """TF32 as the artifact says, whatever this process has set; torch reads these at every product."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def out_of_memory_told(what: str, device: torch.device) -> Iterator[None]:
+    """A full GPU as one line. Compiled code says only that some call failed, so the allocator is asked."""
+    before = torch.cuda.memory_stats(device).get("num_ooms", 0)
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or torch.cuda.memory_stats(device).get("num_ooms", 0) > before:
+            free, total = torch.cuda.mem_get_info(device)
+            raise out_of_memory(f"what {what} computes", free, total) from error
+        raise
 
 
 class TorchPackageLoader(Loader):
@@ -87,4 +154,4 @@ class TorchPackageLoader(Loader):
         options: Mapping[str, Any],
         device: torch.device,
     ) -> Engine:
-        return TorchPackageEngine(path, name, variant, weights, device)
+        return TorchPackageEngine(path, name, variant, weights, device, tf32=bool(options.get("tf32", False)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest, StoredTensor
+from runtimes.gpu_upload import Uploads
 
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
 
@@ -18,12 +19,17 @@ class Weights:
     """Weights files on one device, by digest.
 
     On the CPU a file is mapped, privately: pages are shared with every process that runs the
-    artifact until somebody writes to a tensor.
+    artifact until somebody writes to a tensor. On a GPU it is uploaded.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._uploads: Uploads | None = None
         self._files: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+
+    def expect(self, uploads: Uploads | None) -> None:
+        """Files that are on their way to the device already."""
+        self._uploads = uploads
 
     @property
     def bytes(self) -> int:
@@ -43,10 +49,10 @@ class Weights:
 
     def _file(self, path: Path, digest: str) -> tuple[Tensor, dict[str, Any]]:
         if digest not in self._files:
-            self._files[digest] = self._read(path)
+            self._files[digest] = self._read(path, digest)
         return self._files[digest]
 
-    def _read(self, path: Path) -> tuple[Tensor, dict[str, Any]]:
+    def _read(self, path: Path, digest: str) -> tuple[Tensor, dict[str, Any]]:
         try:
             size = path.stat().st_size
             with open(path, "rb") as file:
@@ -54,12 +60,22 @@ class Weights:
                 if length > size:
                     raise ValueError
                 header = json.loads(file.read(length))
-            data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+            data = self._data(path, digest, size)[8 + length :]
         except FileNotFoundError:
             raise SdxlError(f"{path} is missing.", "Check the artifact: sdxl-build verify") from None
         except (struct.error, ValueError, UnicodeDecodeError):
             raise SdxlError(f"{path} is no safetensors file.", "Check the artifact: sdxl-build verify") from None
-        return data.to(self.device), header
+        return data, header
+
+    def _data(self, path: Path, digest: str, size: int) -> Tensor:
+        """The whole file as bytes (uint8) on the device."""
+        if self.device.type == "cpu":
+            return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        uploads = self._uploads
+        if uploads is None or digest not in uploads:
+            uploads = Uploads({digest: path}, self.device.index or 0)
+        # The tensor keeps the upload, which owns the memory.
+        return torch.as_tensor(uploads.take(digest), device=self.device)
 
 
 def _view(name: str, stored: StoredTensor, data: Tensor, header: dict[str, Any], where: str) -> Tensor:

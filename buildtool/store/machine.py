@@ -11,6 +11,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
+from buildtool.store.errors import SdxlError
+
 _CPUINFO = Path("/proc/cpuinfo")
 
 # Strongest first. The flags are those of the compiler options that Inductor passes for the level; the names are
@@ -113,6 +115,47 @@ def _sve_bits() -> int:
     except (OSError, AttributeError):
         return 0
     return (length & _PR_SVE_VL_LEN_MASK) * 8 if length > 0 else 0
+
+
+MIN_DRIVER = {12: 525, 13: 580}
+"""First driver branch that runs code of a CUDA major version."""
+
+
+def require_gpu(index: int = 0) -> Gpu:
+    """The visible GPU of that number, if the torch that is installed can use it. Imports no torch.
+
+    Raises:
+        SdxlError: there is none, torch is a CPU build, or the driver is too old for torch's CUDA.
+    """
+    found = gpus()
+    if not found:
+        raise SdxlError("No GPU was found on this machine.", "See what is there: sdxl-build doctor")
+    gpu = next((gpu for gpu in found if gpu.index == index), None)
+    if gpu is None:
+        there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in found)
+        raise SdxlError(f"There is no GPU {index} here.", f"--gpu-index takes: {there}.")
+    torch = torch_version()
+    cuda = torch.get("cuda", "none")
+    if torch and cuda == "none":
+        raise SdxlError(
+            f"torch {torch['torch']} is a build for the CPU, and the GPU is to be used.",
+            "Install a build for CUDA: https://pytorch.org/get-started/locally",
+        )
+    needed = needed_driver(gpu.driver, cuda)
+    if needed:
+        raise SdxlError(
+            f"The GPU's driver is {gpu.driver}, and torch {torch['torch']} for CUDA {cuda} needs {needed} or newer.",
+            "Update the driver, or install a torch for an older CUDA.",
+        )
+    return gpu
+
+
+def needed_driver(driver: str, cuda: str) -> int:
+    """The driver branch that a CUDA version needs, if ``driver`` is older; else (or if nobody knows) 0."""
+    major = cuda.partition(".")[0]
+    branch = driver.partition(".")[0]
+    wanted = MIN_DRIVER.get(int(major), 0) if major.isdigit() else 0
+    return wanted if branch.isdigit() and int(branch) < wanted else 0
 
 
 # Attributes of cuDeviceGetAttribute.

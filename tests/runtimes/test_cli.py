@@ -367,7 +367,7 @@ def test_engine_is_required(run):
 
 
 def test_what_the_runtime_refuses_is_one_line(run, monkeypatch):
-    def load(paths):
+    def load(paths, **_):
         raise SdxlError("Built for sm90; this machine has sm86.", "Build it: sdxl-build torch")
 
     monkeypatch.setattr(runtimes, "load", load)
@@ -381,7 +381,7 @@ def test_what_the_runtime_refuses_is_one_line(run, monkeypatch):
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
     for bug in (ZeroDivisionError("a bug"), ValueError("a bug"), EOFError("a bug")):
 
-        def load(paths, bug=bug):
+        def load(paths, bug=bug, **_):
             raise bug
 
         monkeypatch.setattr(runtimes, "load", load)
@@ -434,7 +434,7 @@ import time, runtimes
 from tests.runtimes.stand_in import StandInPipeline
 from runtimes import cli
 
-def load(paths):
+def load(paths, **_):
     pipeline = StandInPipeline(paths)
     pipeline.before_call = lambda number: time.sleep(PAUSE if number else 0)
     return pipeline
@@ -501,3 +501,19 @@ def test_help_and_refusals_import_nothing_heavy(engine, args, code):
     )
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_gpu_that_is_chosen_for_an_artifact_of_the_cpu_is_refused(run, loaded):
+    code, out, err = run("--prompt", "a", "--gpu-index", "0")
+    assert (code, out) == (1, "") and not loaded
+    assert "was built for cpu-avx2; it runs on no GPU. Leave --gpu-index out." in one_line(err)
+
+
+def test_the_timeline_is_in_the_answer_and_shown_when_asked_for(run, loaded):
+    code, out, err = run("--prompt", "a", "--seed", "1", "--json", "-v")
+    spans = json.loads(out)["timeline"]
+    assert code == 0
+    assert {"python", "manifests", "import torch", "open artifact", "save"} <= {span["name"] for span in spans}
+    assert all(0 <= span["start"] <= span["end"] for span in spans)
+    assert "  import torch  " in err
+    assert "import torch" not in run("--prompt", "a", "--seed", "2")[2]

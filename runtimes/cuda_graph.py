@@ -1,0 +1,110 @@
+"""Calls recorded as CUDA graphs: thousands of launches replayed as one."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from buildtool.store.manifest import TensorSpec
+
+log = logging.getLogger("runtimes")
+
+Function = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+class GraphPool:
+    """The memory that the graphs of one device share, and the stream on which they are recorded.
+
+    Every graph's intermediate tensors lie in the same blocks, so several cost what the largest takes.
+    That is safe because graphs run one after the other and what outlives a call (inputs, outputs) lies
+    elsewhere.
+    """
+
+    _pools: dict[torch.device, "GraphPool"] = {}  # noqa: RUF012
+
+    def __init__(self, device: torch.device) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def of(cls, device: torch.device) -> "GraphPool":
+        if device not in cls._pools:
+            cls._pools[device] = cls(device)
+        return cls._pools[device]
+
+
+class GraphedCall:
+    """A function of fixed tensors as a CUDA graph, recorded at its first call.
+
+    What the function reads besides its inputs (weights) has to stay where it is; :meth:`forget` makes
+    the next call record anew.
+
+    Args:
+        name: for messages.
+        function: inputs in order -> outputs in order, on the device's current stream.
+        inputs, outputs: their shapes, dtypes and strides.
+        device: a CUDA device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Function,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        device: torch.device,
+    ) -> None:
+        self._name, self._function, self._device = name, function, device
+        self._specs = (inputs, outputs)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs: buffers of this call's own, which the next one overwrites."""
+        if self._graph is None:
+            self._record(inputs)
+        for static, given in zip(self._inputs, inputs, strict=True):
+            static.copy_(given)
+        assert self._graph is not None
+        self._graph.replay()
+        return tuple(self._outputs)
+
+    @property
+    def recorded(self) -> bool:
+        return self._graph is not None
+
+    def forget(self, why: str) -> None:
+        """Drops the graph; the next call records another."""
+        if self._graph is not None:
+            log.info("%s: its CUDA graph is recorded again: %s.", self._name, why)
+            self._graph = None
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        pool = GraphPool.of(self._device)
+        if not self._inputs:
+            self._inputs, self._outputs = ([_empty(spec, self._device) for spec in specs] for specs in self._specs)
+        for static, given in zip(self._inputs, inputs, strict=True):
+            static.copy_(given)
+        # Once without recording: libraries load their kernels, choose algorithms and take workspaces.
+        pool.stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(pool.stream):
+            self._run()
+        pool.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may allocate meanwhile (weights are still being uploaded).
+        with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
+            self._run()
+        self._graph = graph
+
+    def _run(self) -> None:
+        # Outputs are copied out of the pool, which the next graph to run overwrites.
+        for static, made in zip(self._outputs, self._function(self._inputs), strict=True):
+            static.copy_(made)
+
+
+def _empty(spec: TensorSpec, device: torch.device) -> Tensor:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    with torch.inference_mode(False):  # else nobody outside of an inference mode could write to it again
+        return torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=device)
