@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,27 @@ from training import world
 from training.captions import describe
 from training.render import render
 
-# (width, height): one example in ten each of the first two, the rest square
+# (width, height): three examples in twenty each of the first two, the rest square
 BUCKETS: tuple[tuple[int, int], ...] = ((320, 192), (192, 320), (256, 256))
 SQUARE = 2
+_CYCLE = (0, 1, 2, 2, 2, 2, 2, 0, 1, 2, 2, 2, 2, 2, 0, 1, 2, 2, 2, 2)  # buckets of twenty examples, or steps, in turn
 
 
 @dataclass(frozen=True)
 class View:
     """SDXL's micro-conditioning of one example: the size a picture was enlarged from, and its crop's left top.
 
-    `score` is the refiner's aesthetic score; pictures below 5 are spoilt to fit it.
+    `score` is the refiner's aesthetic score, `harm` how much the picture is blurred, 0 to 1.
     """
 
     original: tuple[int, int]  # height, width
     crop: tuple[int, int]  # top, left
     score: float
+    harm: float = 0.0
 
 
 def bucket_of(number: int) -> int:
-    return min(number % 10, SQUARE)
+    return _CYCLE[number % len(_CYCLE)]
 
 
 def example(seed: int, number: int) -> tuple[world.Scene, View]:
@@ -58,9 +60,16 @@ def example(seed: int, number: int) -> tuple[world.Scene, View]:
 
 
 def spoilt(view: View, seed: int, number: int) -> View:
-    """For the refiner: half of the examples get a low aesthetic score."""
+    """For the refiner: half of the examples are blurred and score lower for it; one score in four is any.
+
+    Guidance drives away from a low score, times five: whatever else a low score went with, it would exaggerate. So
+    nothing but sharpness does (where low scores went with paler pictures too, guidance moved the background twice as
+    far as without the score), and scores err, so that the picture itself says more than its score.
+    """
     rng = random.Random(f"spoilt {seed} {number}")
-    return View(view.original, view.crop, rng.uniform(1.5, 4.5) if rng.random() < 0.5 else view.score)
+    harm = rng.uniform(0.15, 1.0) if rng.random() < 0.5 else 0.0
+    score = 5 - 3.5 * harm if harm else view.score
+    return replace(view, score=rng.uniform(1.5, 7.0) if rng.random() < 0.25 else score, harm=harm)
 
 
 def draw(examples: Sequence[tuple[world.Scene, View]], bucket: int, device: torch.device | str) -> Tensor:
@@ -74,13 +83,12 @@ def draw(examples: Sequence[tuple[world.Scene, View]], bucket: int, device: torc
         index = torch.tensor([n for n, (_, view) in enumerate(examples) if view.original == original], device=device)
         small = functional.interpolate(pictures[index], size=original, mode="area")
         pictures[index] = functional.interpolate(small, size=(height, width), mode="bilinear")
-    scores = torch.tensor([view.score for _, view in examples], device=device).view(-1, 1, 1, 1)
-    low = (scores < 5).flatten().nonzero()[:, 0]
-    if len(low):
-        harm = (5 - scores[low]) / 3.5  # 0..1
-        blurred = functional.interpolate(functional.avg_pool2d(pictures[low], 4), size=(height, width), mode="bilinear")
-        faded = pictures[low].lerp(blurred, harm) * (1 - 0.35 * harm)
-        pictures[low] = faded
+    harmed = torch.tensor([n for n, (_, view) in enumerate(examples) if view.harm], dtype=torch.int64, device=device)
+    if len(harmed):
+        harm = torch.tensor([view.harm for _, view in examples], device=device)[harmed].view(-1, 1, 1, 1)
+        clear = pictures[harmed]
+        blurred = functional.interpolate(functional.avg_pool2d(clear, 4), size=(height, width), mode="bilinear")
+        pictures[harmed] = clear.lerp(blurred, harm)
     return pictures.clamp(-1, 1)
 
 
@@ -120,11 +128,15 @@ class Words:
     ids: Tensor
     ids_2: Tensor
     sizes: Tensor
-    targets: Tensor  # int64 [b, 10, 5], see `targets_of`
+    targets: Tensor  # int64 [b, 10, 5], of what the caption was made of, see `targets_of`
 
 
 class Captions(Dataset[Words]):
-    """Step `n`'s examples and captions, from the seed and the step alone, so that a resumed run goes on as if whole."""
+    """Step `n`'s examples and captions, from the seed and the step alone, so that a resumed run goes on as if whole.
+
+    Of the captions a share `empty` is the empty text; of the rest a share `wrong` says what the picture doesn't show
+    (`world.mistaken`).
+    """
 
     def __init__(
         self,
@@ -135,11 +147,12 @@ class Captions(Dataset[Words]):
         steps: range,
         *,
         empty: float = 0.0,
+        wrong: float = 0.0,
         complete: bool = False,
         spoil: bool = False,
     ) -> None:
         self.tokenizer_folder, self.seed, self.pool, self.batch, self.steps = tokenizer, seed, pool, batch, steps
-        self.empty, self.complete, self.spoil = empty, complete, spoil
+        self.empty, self.wrong, self.complete, self.spoil = empty, wrong, complete, spoil
         self._tokenizer: Any = None
 
     def __len__(self) -> int:
@@ -150,15 +163,20 @@ class Captions(Dataset[Words]):
         rng = random.Random(f"step {self.seed} {step}")
         bucket = SQUARE if self.complete else bucket_of(step)
         width, height = BUCKETS[bucket]
+        places = [place for place, found in enumerate(_CYCLE) if found == bucket]
         numbers, captions, sizes, targets = [], [], [], []
         for _ in range(self.batch):
-            digit = bucket if bucket < SQUARE else rng.randrange(SQUARE, 10)
-            number = rng.randrange(self.pool // 10) * 10 + digit
+            number = rng.randrange(self.pool // len(_CYCLE)) * len(_CYCLE) + rng.choice(places)
             scene, view = example(self.seed, number)
             if self.spoil:
                 view = spoilt(view, self.seed, number)
             numbers.append(number)
-            captions.append("" if rng.random() < self.empty else describe(scene, rng, complete=self.complete))
+            caption = ""
+            if rng.random() >= self.empty:
+                if rng.random() < self.wrong:
+                    scene = world.mistaken(scene, rng, width, height)
+                caption = describe(scene, rng, complete=self.complete)
+            captions.append(caption)
             sizes.append([*view.original, *view.crop, height, width, view.score])
             targets.append(targets_of(scene))
         ids, ids_2 = self.encode(captions)

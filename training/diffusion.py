@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from training import world
 from training.architecture import SCHEDULER, Parts
+from training.captions import describe
 from training.data import BUCKETS, Captions, Scenes, Words, draw, load_tokenizer, loader, numbers_of
 from training.learner import Inputs, Learner, seeded_steps
 from training.logbook import Logbook
 from training.plan import Plan
+from training.render import render, to_uint8
 from training.scoring import diffusers_draw, held_out_prompts, score
+from training.sheet import write_sheet
 from training.text import encode_text
 
 DROP_PROMPT = 0.08  # to zeros, which is what the pipeline takes for no prompt
 EMPTY_PROMPT = 0.03  # to the encoded empty text, which is what an empty negative prompt is
 OFFSET_NOISE = 0.06  # noise shared by a whole channel, so that the model doesn't read brightness off the noise's mean
 SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023)
-REFINER_STEPS = 300  # the refiner knows the noise levels below this timestep
+# A cap of 5 makes little of every level below timestep 150, half of the refiner's work at its usual strengths. Sampling
+# adds up the errors over sigma, so they count alike here but for the lowest levels, below timestep 20.
+REFINER_SNR_CAP = 50.0
+REFINER_STEPS = 400  # the refiner knows the noise levels below this timestep: strengths up to 0.4
+REFINER_STRENGTH = 0.3  # what its sheet is drawn with
 
 
 class Latents:
     """The pool: scaled latents of every example, bfloat16 or float32, on the device."""
 
-    def __init__(self, parts: Parts, plan: Plan, count: int, seed: int, device: torch.device, spoil: bool) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        plan: Plan,
+        count: int,
+        seed: int,
+        device: torch.device,
+        spoil: bool,
+        say: Callable[[int], None],
+    ) -> None:
+        """`say` is told now and then how many are encoded."""
         vae = copy.deepcopy(parts.vae).eval()
         if plan.bf16:
             vae = vae.bfloat16()
@@ -38,10 +58,15 @@ class Latents:
             self.index[numbers] = torch.arange(len(numbers))
         self.index = self.index.to(device)
         found: list[list[Tensor]] = [[] for _ in BUCKETS]
-        for bucket, examples in loader(Scenes(seed, count, plan.encode_batch, spoil), plan.workers):
+        chunks = loader(Scenes(seed, count, plan.encode_batch, spoil), plan.workers)
+        done = 0
+        for number, (bucket, examples) in enumerate(chunks):
             pictures = draw(examples, bucket, device).to(vae.dtype)
             with torch.no_grad():
                 found[bucket].append(vae.encode(pictures).latent_dist.mean * scale)
+            done += len(examples)
+            if (number + 1) % 100 == 0 or done == count:
+                say(done)
         self.pools = [torch.cat(part) for part in found]
 
     def __call__(self, bucket: int, numbers: Tensor) -> Tensor:
@@ -61,15 +86,17 @@ def denoising_loss(
     alphas: Tensor,
     states: Tensor,
     added: dict[str, Tensor],
+    offset: float,
+    cap: float,
 ) -> Tensor:
-    """Min-SNR weighted error of the predicted noise, mean over the batch."""
+    """Min-SNR weighted error of the predicted noise, mean over the batch; `offset` of the noise is a channel's own."""
     noise = torch.randn_like(latents)
-    noise = noise + OFFSET_NOISE * torch.randn(*latents.shape[:2], 1, 1, device=latents.device)
+    noise = noise + offset * torch.randn(*latents.shape[:2], 1, 1, device=latents.device)
     alpha = alphas[timesteps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     found = unet(noisy.to(states.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
     snr = (alpha / (1 - alpha)).flatten()
-    weight = snr.clamp(max=SNR_CAP) / snr
+    weight = snr.clamp(max=cap) / snr
     error: Tensor = (found.float() - noise).square().mean((1, 2, 3))
     return (error * weight).mean()
 
@@ -89,16 +116,25 @@ def train_unet(parts: Parts, plan: Plan, out: Path, log: Logbook, device: torch.
         kept = (torch.rand(count, device=device) >= DROP_PROMPT).to(states.dtype)
         states, pooled = states * kept.view(-1, 1, 1), pooled * kept.view(-1, 1)
         added = {"text_embeds": pooled, "time_ids": inputs["sizes"]}
-        return denoising_loss(live["unet"], latents, timesteps, alphas, states, added)
+        return denoising_loss(live["unet"], latents, timesteps, alphas, states, added, OFFSET_NOISE, SNR_CAP)
 
     modules = {"unet": parts.unet, "text_encoder": parts.text_encoder, "text_encoder_2": parts.text_encoder_2}
     rates = {"unet": plan.unet_lr, "text_encoder": plan.unet_text_lr, "text_encoder_2": plan.unet_text_lr}
     learner = Learner("unet", modules, rates, loss_of, plan.unet_steps, plan, out, device)
     if not learner.done:
-        pool = Latents(parts, plan, plan.pool, plan.seed + 2, device, spoil=False)
-        log.write("unet", pool=plan.pool)
-        left = range(learner.start, plan.unet_steps)
-        captions = Captions(out / "model", plan.seed + 2, plan.pool, plan.unet_batch, left, empty=EMPTY_PROMPT)
+        log.write("unet", start=learner.start, steps=plan.unet_steps)
+        pool = Latents(
+            parts, plan, plan.pool, plan.seed + 2, device, spoil=False, say=lambda done: log.write("unet", encoded=done)
+        )
+        captions = Captions(
+            out / "model",
+            plan.seed + 2,
+            plan.pool,
+            plan.unet_batch,
+            range(learner.start, plan.unet_steps),
+            empty=EMPTY_PROMPT,
+            wrong=plan.wrong_captions,
+        )
         total = torch.zeros((), device=device)
         words: Words
         for step, words in zip(seeded_steps(learner, plan.seed + 5), loader(captions, plan.workers), strict=True):
@@ -116,18 +152,25 @@ def train_unet(parts: Parts, plan: Plan, out: Path, log: Logbook, device: torch.
                 total.zero_()
             if (step + 1) % plan.sheet_every == 0 or step + 1 == plan.unet_steps:
                 sample(parts, learner.average, plan, step + 1, out, log)
+        sample(parts, learner.average, plan, plan.unet_steps, out, log, guidance=1.0)
     learner.finish()
 
 
 def sample(
-    parts: Parts, average: dict[str, nn.Module], plan: Plan, step: int, out: Path, log: Logbook, steps: int = 20
+    parts: Parts,
+    average: dict[str, nn.Module],
+    plan: Plan,
+    step: int,
+    out: Path,
+    log: Logbook,
+    steps: int = 20,
+    guidance: float = 5.0,
 ) -> float:
     """A sheet of held-out prompts drawn by the averaged weights, and the share of them that is right."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTokenizer
 
     from training.judge import shares
-    from training.sheet import write_sheet
 
     pipeline = StableDiffusionXLPipeline(
         vae=parts.vae,
@@ -142,7 +185,7 @@ def sample(
     )
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[Any] = []
-    plain = diffusers_draw(pipeline, steps=min(steps, plan.unet_steps), guidance=5.0)
+    plain = diffusers_draw(pipeline, steps=min(steps, plan.unet_steps), guidance=guidance)
 
     def draw_and_keep(prompts: list[str], seeds: list[int]) -> Any:
         found = plain(prompts, seeds)
@@ -151,17 +194,20 @@ def sample(
 
     prompts = held_out_prompts(plan.score_prompts, seed=1)
     verdicts = score(draw_and_keep, prompts, batch=64)
-    write_sheet(
-        torch.stack([torch.tensor(picture) for picture in pictures[:32]]), out / "sheets" / f"unet-{step:06d}.png"
-    )
+    name = f"unet-{step:06d}.png" if guidance > 1 else f"unet-{step:06d}-unguided.png"
+    write_sheet(torch.stack([torch.tensor(picture) for picture in pictures[:32]]), out / "sheets" / name)
     (out / "sheets" / "unet-prompts.txt").write_text("\n".join(prompts[:32]) + "\n")
     table = shares(verdicts)
-    log.write("unet", step=step, **table)
+    log.write("unet", step=step, guidance=guidance, **table)
     return table["right"]
 
 
 def train_refiner(parts: Parts, plan: Plan, out: Path, log: Logbook, device: torch.device) -> None:
-    """The refiner: low noise only, conditioned on the second text encoder (frozen) and an aesthetic score."""
+    """The refiner: low noise only, conditioned on the second text encoder (frozen) and an aesthetic score.
+
+    Its captions are right and its noise has mean 0: what a picture shows is decided before it, colours too, and it has
+    no reason to doubt either.
+    """
     alphas = noise_table(device)
     encoder = copy.deepcopy(parts.text_encoder_2).eval().requires_grad_(False)
     if plan.bf16:
@@ -173,12 +219,22 @@ def train_refiner(parts: Parts, plan: Plan, out: Path, log: Logbook, device: tor
         with torch.no_grad():
             found = encoder(inputs["ids_2"], output_hidden_states=True)
         added = {"text_embeds": found.text_embeds, "time_ids": inputs["sizes"]}
-        return denoising_loss(live["unet"], latents, timesteps, alphas, found.hidden_states[-2], added)
+        states = found.hidden_states[-2]
+        return denoising_loss(live["unet"], latents, timesteps, alphas, states, added, 0.0, REFINER_SNR_CAP)
 
     rates = {"unet": plan.refiner_lr}
     learner = Learner("refiner", {"unet": parts.refiner}, rates, loss_of, plan.refiner_steps, plan, out, device)
     if not learner.done:
-        pool = Latents(parts, plan, plan.refiner_pool, plan.seed + 2, device, spoil=True)
+        log.write("refiner", start=learner.start, steps=plan.refiner_steps)
+        pool = Latents(
+            parts,
+            plan,
+            plan.refiner_pool,
+            plan.seed + 2,
+            device,
+            spoil=True,
+            say=lambda done: log.write("refiner", encoded=done),
+        )
         captions = Captions(
             out / "model",
             plan.seed + 2,
@@ -200,4 +256,60 @@ def train_refiner(parts: Parts, plan: Plan, out: Path, log: Logbook, device: tor
             )
             if (step + 1) % plan.log_every == 0:
                 log.write("refiner", step=step + 1, loss=loss.item())
+    fresh = not learner.done
     learner.finish()
+    if fresh:
+        show_refined(parts, plan, out, log, device)
+
+
+def show_refined(parts: Parts, plan: Plan, out: Path, log: Logbook, device: torch.device) -> None:
+    """A sheet: drawn scenes, the same blurred, and what the refiner makes of each.
+
+    Logged, all of -1..1: how far the refiner moves a clear picture (`kept`, L1) and the mean colour of its things
+    (`shift`, which is 0.02 through the VAE alone and was 0.08 in the first model), and how far blurred pictures are off
+    before and after it (L1).
+    """
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+    from transformers import CLIPTokenizer
+
+    pipeline = StableDiffusionXLImg2ImgPipeline(
+        vae=parts.vae,
+        text_encoder=None,
+        text_encoder_2=parts.text_encoder_2,
+        tokenizer=None,
+        tokenizer_2=CLIPTokenizer.from_pretrained(out / "model" / "tokenizer_2"),
+        unet=parts.refiner,
+        scheduler=EulerDiscreteScheduler(**SCHEDULER),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    scenes = [world.sample(random.Random(f"refined {plan.seed} {number}")) for number in range(8)]
+    clear = render(scenes, device=device)
+    blurred = functional.interpolate(functional.avg_pool2d(clear, 4), scale_factor=4.0, mode="bilinear")
+    prompts = [describe(scene, random.Random(number), complete=True) for number, scene in enumerate(scenes)]
+
+    def refined(pictures: Tensor) -> Tensor:
+        found: Tensor = pipeline(
+            prompt=prompts,
+            image=(pictures + 1) / 2,
+            strength=REFINER_STRENGTH,
+            num_inference_steps=20,
+            generator=[torch.Generator().manual_seed(number) for number in range(len(pictures))],
+            output_type="pt",
+        ).images
+        return found.float() * 2 - 1
+
+    kept, mended = refined(clear), refined(blurred)
+    things = (clear.amax(1, keepdim=True) - clear.amin(1, keepdim=True) > 0.4).float()
+    shift = ((kept - clear) * things).sum((2, 3)) / things.sum((2, 3))
+    log.write(
+        "refiner",
+        kept=functional.l1_loss(kept, clear).item(),
+        shift=shift.abs().mean().item(),
+        blurred=functional.l1_loss(blurred, clear).item(),
+        mended=functional.l1_loss(mended, clear).item(),
+    )
+    sheet = to_uint8(torch.cat([clear, kept, blurred, mended]))
+    write_sheet(sheet, out / "sheets" / f"refiner-{plan.refiner_steps:05d}.png")

@@ -17,12 +17,27 @@ class Logbook:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "log.jsonl"
-        self.start = time.monotonic()
+        self.start = time.monotonic() - self._seconds_before()
+        # A killed run may have left half a row.
+        whole = not self.file.exists() or self.file.read_bytes()[-1:] in (b"", b"\n")
+        self.before = "" if whole else "\n"
+
+    def _seconds_before(self) -> float:
+        """Of the runs that this one goes on from, so that the last row has the seconds of all."""
+        if not self.file.exists():
+            return 0.0
+        for line in reversed(self.file.read_text().splitlines()):
+            try:
+                return float(json.loads(line)["seconds"])
+            except (ValueError, KeyError):  # a row cut short where a run was killed
+                continue
+        return 0.0
 
     def write(self, stage: str, **values: Any) -> None:
         row = {"stage": stage, "seconds": round(time.monotonic() - self.start, 1), **values}
         with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(self.before + json.dumps(row) + "\n")
+        self.before = ""
         said = " ".join(
             f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()
         )

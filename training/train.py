@@ -46,6 +46,7 @@ def train(out: Path, plan: Plan, device: torch.device) -> Path:
     del pictures
     text.pretrain_text(parts, plan, out, log, device)
     diffusion.train_unet(parts, plan, out, log, device)
+    architecture.save(parts, model)  # all but the refiner is finished: what a run that ends here is good for
     diffusion.train_refiner(parts, plan, out, log, device)
     architecture.save(parts, model)
     log.write("done", bytes=sum(path.stat().st_size for path in architecture.base_files(model)))

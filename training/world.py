@@ -146,6 +146,33 @@ def sample(rng: random.Random, width: int = 256, height: int = 256, *, hold_out:
             return scene
 
 
+def mistaken(scene: Scene, rng: random.Random, width: int = 256, height: int = 256) -> Scene:
+    """What a wrong caption says of `scene`: every other time all things are another scene's, else of one thing the
+    colour, the shape or the place is another.
+
+    Like any training scene it has no held-out triple: captions that name one and are always wrong would teach that
+    such captions are to be ignored. The background stays as it is. Sampling begins with noise of mean 0, which a white
+    or black picture would not have left; a model that knew captions to be wrong about backgrounds would take that noise
+    for a sign that this caption is.
+    """
+    if rng.random() < 0.5:
+        for _ in range(100):
+            number = rng.randrange(len(scene.things))
+            changed = _changed(scene.things[number], rng)
+            rest = (*scene.things[:number], *scene.things[number + 1 :])
+            found = replace(scene, things=(*scene.things[:number], changed, *scene.things[number + 1 :]))
+            if (
+                (changed.colour, changed.shape, changed.place) not in _HELD_OUT
+                and all((changed.shape, changed.colour) != (other.shape, other.colour) for other in rest)
+                and fits(found, width, height)
+            ):
+                return found
+    while True:
+        found = replace(sample(rng, width, height), background=scene.background)
+        if found.described() != scene.described():
+            return found
+
+
 def fits(scene: Scene, width: int, height: int) -> bool:
     """Whether the things' boxes keep `GAP` pixels apart and none leaves the canvas."""
     jitters = scene.jitter or ((0.5, 0.5, 0.5, 0.5),) * len(scene.things)
@@ -179,6 +206,17 @@ def _thing(rng: random.Random) -> Thing:
     if rng.random() < 0.2:
         return Thing(shape, colour, "small", texture, rng.randint(2, 4), rng.choice(ROW_PLACES))
     return Thing(shape, colour, rng.choice(tuple(SIZES)), texture, 1, rng.choice(tuple(PLACES)))
+
+
+def _changed(thing: Thing, rng: random.Random) -> Thing:
+    """`thing` with another colour, another shape or at another place."""
+    kind = rng.choice(("colour", "shape", "place"))
+    if kind == "colour":
+        return replace(thing, colour=rng.choice([colour for colour in COLOURS if colour != thing.colour]))
+    if kind == "shape":
+        return replace(thing, shape=rng.choice([shape for shape in SHAPES if shape != thing.shape]))
+    places = PLACES if thing.count == 1 else ROW_PLACES
+    return replace(thing, place=rng.choice([place for place in places if place != thing.place]))
 
 
 def _spots(thing: Thing, jitter: tuple[float, float, float, float], width: int, height: int) -> Iterator[Spot]:

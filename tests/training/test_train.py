@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from training import architecture, tokens
-from training.captions import describe
-from training.data import Captions, encode, load_tokenizer
+from training.captions import describe, read
+from training.data import SQUARE, Captions, bucket_of, draw, encode, example, load_tokenizer, spoilt, targets_of
 from training.learner import Learner, seeded_steps
+from training.logbook import Logbook
 from training.plan import SMOKE, Plan
 from training.train import corpus, train
+from training.world import Scene, is_held_out
 
 PLAN = replace(
     SMOKE, pictures=10, vae_steps=2, vae_tiny_steps=1, text_steps=1, unet_steps=2, sheet_every=2, score_prompts=1
@@ -34,6 +36,8 @@ def test_every_stage_leaves_its_mark(trained: Path) -> None:
         "vae-00002.png",
         "vae_tiny-00001.png",
         "unet-000002.png",
+        "unet-000002-unguided.png",
+        "refiner-00002.png",
     }
     assert {path.stem for path in (trained / "checkpoints").iterdir()} == {
         "vae",
@@ -112,6 +116,84 @@ def test_captions_depend_on_the_step_alone(trained: Path) -> None:
     for number in range(2):
         assert torch.equal(whole[4 + number].ids, rest[number].ids)
         assert torch.equal(whole[4 + number].numbers, rest[number].numbers)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.2, 1.0])
+def test_as_many_captions_are_wrong_as_asked(trained: Path, wrong: float) -> None:
+    """Read what is said back from the ids: contradicts the picture, or doesn't, and never names a held-out triple."""
+    captions = Captions(trained / "model", 7, 100_000, 200, range(0, 8), empty=0.1, wrong=wrong)
+    tokenizer = load_tokenizer(trained / "model")
+    said = mistaken = 0
+    for step in range(len(captions)):
+        words = captions[step]
+        for ids, number in zip(words.ids, words.numbers.tolist(), strict=True):
+            scene, _ = example(7, number)
+            heard = read(tokenizer.decode(ids, skip_special_tokens=True))
+            assert not is_held_out(heard)
+            if heard.things and (ids == tokenizer.eos_token_id).sum() > 1:  # said, and not cut short
+                said += 1
+                mistaken += not agrees(heard, scene)
+            assert heard.background in (None, scene.background)
+    assert said == pytest.approx(0.9 * 1600, rel=0.05)
+    # A few mistakes go unsaid, a changed place above all.
+    assert wrong * 0.95 - 0.03 * (0 < wrong < 1) <= mistaken / said <= wrong + 0.03 * (0 < wrong < 1)
+
+
+def agrees(heard: Scene, scene: Scene) -> bool:
+    return len(heard.things) == len(scene.things) and all(
+        thing in (drawn, replace(drawn, place=None)) for thing, drawn in zip(heard.things, scene.things, strict=True)
+    )
+
+
+def test_targets_are_what_the_caption_says(trained: Path) -> None:
+    captions = Captions(trained / "model", 7, 100_000, 50, range(0, 4), wrong=0.5, complete=True)
+    tokenizer = load_tokenizer(trained / "model")
+    unlike = 0
+    for step in range(len(captions)):
+        words = captions[step]
+        for ids, targets, number in zip(words.ids, words.targets.tolist(), words.numbers.tolist(), strict=True):
+            heard = read(tokenizer.decode(ids, skip_special_tokens=True))
+            assert targets_of(heard) == targets
+            unlike += targets != targets_of(example(7, number)[0])
+    assert 60 < unlike < 140
+
+
+def test_buckets_have_their_shares() -> None:
+    numbers = [bucket_of(number) for number in range(2000)]
+    assert [numbers.count(bucket) / 2000 for bucket in range(3)] == [0.15, 0.15, 0.7]
+    assert {bucket_of(number) for number in range(10)} == {0, 1, 2}
+
+
+def test_an_example_is_of_its_steps_bucket(trained: Path) -> None:
+    captions = Captions(trained / "model", 7, 100, 3, range(0, 20))
+    for step in range(20):
+        words = captions[step]
+        assert words.bucket == bucket_of(step)
+        assert {bucket_of(number) for number in words.numbers.tolist()} == {words.bucket}
+
+
+def test_a_spoilt_picture_is_blurred_and_keeps_its_colours() -> None:
+    examples = [example(2, number) for number in range(400) if bucket_of(number) == SQUARE]
+    spoilt_ones = [(scene, spoilt(view, 2, number)) for number, (scene, view) in enumerate(examples)]
+    harmed = [n for n, (_, view) in enumerate(spoilt_ones) if view.harm]
+    assert 0.4 < len(harmed) / len(examples) < 0.6
+    some = harmed[:12]
+    before = draw([examples[n] for n in some], SQUARE, "cpu")
+    after = draw([spoilt_ones[n] for n in some], SQUARE, "cpu")
+    assert (after.mean((2, 3)) - before.mean((2, 3))).abs().max() < 0.01
+    assert all(
+        (a.diff(dim=2).square().mean() < 0.9 * b.diff(dim=2).square().mean())
+        for a, b in zip(after, before, strict=True)
+    )
+    low = [view.score < 5 for _, view in spoilt_ones]
+    as_harmed = sum(is_low == bool(view.harm) for is_low, (_, view) in zip(low, spoilt_ones, strict=True)) / len(low)
+    assert 0.75 < as_harmed < 0.97
+
+
+def test_a_log_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"stage": "vae", "seconds": 40.5}\n{"stage": "va')
+    Logbook(tmp_path).write("vae", step=1)
+    assert 40.5 <= json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["seconds"] < 45
 
 
 def test_tokenizers_encode_anything(trained: Path) -> None:

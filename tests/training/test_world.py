@@ -43,6 +43,28 @@ def test_training_never_shows_a_held_out_triple() -> None:
         assert not any(world.held_out(thing) for thing in scene.things)
 
 
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_a_mistaken_scene_is_another_one_before_the_same_background(width: int, height: int) -> None:
+    details = 0
+    for seed in range(400):
+        rng = random.Random(f"mistaken {seed}")
+        scene = world.sample(rng, width, height)
+        found = world.mistaken(scene, rng, width, height)
+        assert found.background == scene.background
+        assert found.things != scene.things
+        assert not world.is_held_out(found)
+        assert world.fits(found, width, height)
+        kinds = [(thing.shape, thing.colour) for thing in found.things]
+        assert len(set(kinds)) == len(kinds)
+        pairs = list(zip(found.things, scene.things, strict=False))
+        apart = [pair for pair in pairs if pair[0] != pair[1]]
+        if len(found.things) == len(scene.things) and len(apart) == 1:
+            now, before = apart[0]
+            names = [name for name in ("shape", "colour", "place") if getattr(now, name) != getattr(before, name)]
+            details += len(names) == 1 and now == replace(before, **{names[0]: getattr(now, names[0])})
+    assert 160 < details < 240
+
+
 def test_every_held_out_prompt_has_one() -> None:
     from training.captions import read
 
