@@ -75,7 +75,7 @@ def child(engine: str, steps: int, out: str, began: float) -> None:
     last += stages["decode"]
     asked = Parameters(
         prompt="a red circle on grass", negative_prompt=None, seed=1, width=width, height=height, steps=steps,
-        guidance=5.0, guidance_until=1.0,
+        guidance=5.0, guidance_until=1.0, scheduler="euler",
     )  # fmt: skip
     Path(out).write_bytes(png.encode(made.images[0], asked, pipeline.manifest(width, height)))
     lap("save")

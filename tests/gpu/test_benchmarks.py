@@ -1,0 +1,48 @@
+"""The measuring programs on the GPU, on tiny: that they run there, not what they find."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def run(program: str, told: Path, *words: str) -> dict[str, Any]:
+    line = [sys.executable, str(FOLDER / program), *words, "--json", str(told)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(told.read_text())
+    return found
+
+
+def test_step(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    words = ["--component", "all", "--peer", "eager", "--peer", "eager-nchw", "--calls", "10", "--rounds", "2"]
+    rows = run("step.py", tmp_path / "told.json", str(artifacts["fp16"]), *words)["rows"]
+    assert len(rows) == 13
+    for row in rows:
+        assert row["milliseconds"]["count"] >= 10 and row["milliseconds"]["least"] > 0
+        assert row["error"] and max(row["error"].values()) < 1e-2, row
+
+
+def test_cold_start(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    words = ["--runs", "1", "--warmup", "0", "--steps", "2", "--peer", "diffusers", "--peer-runs", "1"]
+    found = run("cold_start.py", tmp_path / "told.json", str(artifacts["fp16"]), *words)
+    (ours,), (theirs,) = found["runs"]["ours"], found["runs"]["diffusers"]
+    assert 0 < ours["saved"] <= ours["ended"] and theirs["saved"] > 0
+    assert any(span["name"].startswith("weights") for span in ours["spans"])
+
+
+def test_memory(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    both = [str(artifacts["fp16"]), str(artifacts["wide"])]
+    found = run("memory.py", tmp_path / "told.json", *both, "--steps", "2")
+    assert found["weights_grown"] == 0
+    assert all(peak["driver"] > 100e6 and peak["torch_allocated"] > 0 for peak in found["peaks"])
+    marks = found["engines"][1]["marks"]
+    assert marks[0]["driver"] > 100e6  # a context
+    assert marks[-1]["weights"] == found["engines"][0]["marks"][-1]["weights"] > 0
