@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from buildtool.store import machine, manifest
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Check, Component, Manifest, PipelineConfig, StoredTensor, Variant
 from buildtool.store.store import Store, describe
-from exporters import registry, sdxl, weights
+from exporters import registry, sdxl, trt_room, weights
 from exporters.base import ExportError, Request
 from exporters.base import StoredTensor as PlannedTensor
+
+GB = 1_000_000_000
 
 
 @dataclass
@@ -78,38 +80,49 @@ class _Build:
     def __init__(self, planned: Plan, store: Store, progress: Progress) -> None:
         self.planned, self.store, self.progress = planned, store, progress
         self.source, self.key = planned.source, planned.key
-        self.table = {component.name: component for component in sdxl.COMPONENTS}
+        self.table = {row.name: row for row in sdxl.COMPONENTS if row.name in planned.code_keys}
         self.exporter = registry.exporter(planned.spec.backend)
+        self.present = planned.target.device == "cpu" or gpu.usable(planned.target)
+        self.row = registry.backend(planned.spec.backend)
         self.request = Request(
             width=planned.width,
             height=planned.height,
             batch=planned.spec.batch,
             precision=planned.key.precision,
-            device=planned.target.torch_device,
+            device=planned.target.torch_device if self.present else "cpu",
             target=planned.target.name,
             options=planned.key.options,
         )
-        self.on_gpu = planned.target.device == "cuda" and registry.backend(planned.spec.backend).tunes
+        self.on_gpu = planned.target.device == "cuda" and self.present and (self.row.tunes or self.row.weighted)
         self.built = Built(Path(), hit=False)
         self.digests: dict[str, str] = {}
         self.golden: dict[str, Any] = {}
 
     def run(self) -> Built:
         self.exporter.check_request(self.request)
+        self._check_reference_room()
         with self.store.stage(needs=self._needs()) as stage, contextlib.ExitStack() as locks:
             jobs = self._missing_code(locks)
+            room_here = self.exporter.check_room(self.source.parameters, self.request) if jobs else 0
             reference, at_once = self._reference(), self.planned.spec.jobs
             if self.on_gpu and jobs:
                 room = gpu_room.compilers(self.source.parameters, self.request, reference.device != "cpu")
                 at_once = min(at_once or room, room)
+            if room_here:
+                at_once = min(at_once or room_here, room_here)
             index = self.planned.target.index if self.on_gpu else None
             with compiler.Pool(at_once, self.progress, index) as pool, self.store.stage() as scratch:
+                tensors: dict[str, Mapping[str, Any]] = {}
+                if self.row.weighted:
+                    tensors = {name: self.source.tensors(row.source) for name, row in self.table.items()}
+                    self._golden(tensors, reference)  # first: beside these compilers is no room for it
+                    jobs = self._with_weights(jobs, tensors, scratch)
+                    tensors = {name: {} for name in self.table}  # the compilers have them, and want the memory
+                    gpu_room.release()
                 pool.start(jobs, scratch)
-                tensors = {name: self.source.tensors(row.source) for name, row in self.table.items()}
-                for name, row in self.table.items():  # while the compilers run
-                    with self.progress.stage(f"{name}: fp32 eager"):
-                        self.golden |= sdxl.golden(row, self.source.configs, tensors[name], reference)
-                        gpu_room.release()
+                if not self.row.weighted:
+                    tensors = {name: self.source.tensors(row.source) for name, row in self.table.items()}
+                    self._golden(tensors, reference)  # while the compilers run
                 for name in {job.component: None for job in jobs}:
                     self._keep_code(name, pool)
             locks.close()
@@ -130,9 +143,34 @@ class _Build:
         self.progress.say("fp32 eager runs on the CPU, which takes minutes: the GPU has no room for it.")
         return dataclasses.replace(self.request, device="cpu")
 
+    def _check_reference_room(self) -> None:
+        """Says at once if the golden tensors, which need the whole of a component in fp32, can't be made.
+
+        Only for backends that build without them.
+        """
+        if not self.row.weighted or not self.planned.spec.golden or self.on_gpu:
+            return
+        needed, free = gpu_room.reference_bytes(self.source.parameters, self.request), trt_room.free_memory()
+        if free and needed > free:
+            raise SdxlError(
+                f"fp32 eager, which the engines are compared with, takes about {needed / GB:.1f} GB of memory; "
+                f"{free / GB:.1f} GB are free here.",
+                "Build without anything to compare with: --no-golden",
+            )
+
+    def _golden(self, tensors: Mapping[str, Mapping[str, Any]], reference: Request) -> None:
+        for name, row in self.table.items() if self.planned.spec.golden else ():
+            with self.progress.stage(f"{name}: fp32 eager"):
+                self.golden |= sdxl.golden(row, self.source.configs, tensors[name], reference)
+                gpu_room.release()
+
     def _needs(self) -> int:
         """Bytes that the weights will take at most; code is small beside them."""
         width = 4 if self.key.precision == "fp32" else 2
+        if self.row.weighted:  # each variant has them, and the compilers a file of them besides
+            codes, force = self.planned.code_keys, self.planned.spec.force
+            made = [row for name, row in self.table.items() if force or not self.store.code(codes[name].digest)]
+            return width * sum(self.source.parameters[row.source] * (len(row.variants) + 1) for row in made)
         return sum(count * width for count in self.source.parameters.values())
 
     # Code
@@ -156,6 +194,29 @@ class _Build:
                 jobs.append(compiler.Job(self.planned.spec.backend, name, variant, self.source.configs, request))
         return jobs
 
+    def _with_weights(
+        self, jobs: list[compiler.Job], tensors: Mapping[str, Mapping[str, Any]], scratch: Path
+    ) -> list[compiler.Job]:
+        """The jobs of compilers that need the weights, which are written below ``scratch`` for them."""
+        caches = (self.store.root / "caches").absolute()
+        for name in {job.component: None for job in jobs}:
+            path = scratch / weights.location(name)
+            path.parent.mkdir(exist_ok=True)
+            with self.progress.stage(f"{name}: weights for the compiler"):
+                layout = self.exporter.layout(self.table[name], self.source.configs, self.request)
+                weights.write(path, layout, tensors[name], self.progress.update)
+        return [
+            dataclasses.replace(
+                job,
+                request=dataclasses.replace(
+                    job.request,
+                    weights=str((scratch / weights.location(job.component)).absolute()),
+                    caches=str(caches),
+                ),
+            )
+            for job in jobs
+        ]
+
     def _keep_code(self, name: str, pool: compiler.Pool) -> None:
         """Commits a component's compiled variants to the store, for every checkpoint of its architecture."""
         row = self.table[name]
@@ -172,9 +233,13 @@ class _Build:
                 if any(tensors.get(n, t) != t for n, t in stored.items()):
                     raise RuntimeError(f"the variants of {name} want one tensor laid out in two ways")
                 tensors |= stored
+                others = result.pop("others")
                 variants[variant] = msgspec.convert({**result, "check": msgspec.to_builtins(check)}, Variant)
-                shutil.move(pool.file(name, variant, variants[variant].file), out / variants[variant].file)
+                for file in (variants[variant].file, *others):
+                    shutil.move(pool.file(name, variant, file), out / file)
                 self.built.compiled.append(f"{name}.{variant}")
+            if self.row.weighted:
+                self._share(name, [out / form.file for form in variants.values()])
             digest = self.planned.code_keys[name].digest
             described = Component(
                 loader=registry.backend(self.planned.spec.backend).loader,
@@ -186,6 +251,30 @@ class _Build:
             )
             self.store.commit_code(out, digest, described)
 
+    def _share(self, name: str, engines: list[Path]) -> None:
+        """Stores what the engines have in common with each other, and with those of other artifacts, once."""
+        with self.progress.stage(f"{name}: share"):
+            known = {} if self.planned.spec.force else self._known_parts(name)
+            for engine in engines:
+                for digest, part in self.exporter.share(engine, known).items():
+                    if self.store.add_blob(part) != digest:
+                        raise RuntimeError(f"{part.name} is not what its digest says")
+                    known[digest] = self.store.blob(digest)
+
+    def _known_parts(self, name: str) -> dict[str, Path]:
+        """Blobs that engines of these source weights share: digest -> file."""
+        found: dict[str, Path] = {}
+        source, key = self.table[name].source, self.key
+        for folder, summary in self.store.summaries():
+            if isinstance(summary, SdxlError) or summary.key.weights.get(source) != key.weights[source]:
+                continue
+            if (summary.key.backend, summary.key.precision) == (key.backend, key.precision):
+                with contextlib.suppress(SdxlError, OSError, ValueError):  # one that is damaged has nothing to share
+                    for form in manifest.read(folder).components[name].variants.values():
+                        digests = self.exporter.shared(name, folder / form.file)
+                        found |= {d: self.store.blob(d) for d in digests if self.store.blob(d).is_file()}
+        return found
+
     # Weights
 
     def _assemble(self, name: str, tensors: Mapping[str, Any], stage: Path) -> Component:
@@ -193,6 +282,13 @@ class _Build:
         record = self.store.attach_code(self.planned.code_keys[name].digest, stage)
         described = msgspec.convert(record.meta, Component)
         self.digests |= {file: entry.sha256 for file, entry in record.files.items()}
+        for form in described.variants.values() if self.row.weighted else ():
+            for digest, part in self.exporter.shared(name, stage / form.file).items():
+                if not self.store.blob(digest).is_file():
+                    raise SdxlError(f"{self.store.blob(digest)} is missing.", "Build it again with --force.")
+                if part not in self.digests:
+                    self.store.link(self.store.blob(digest), stage / part)
+                self.digests[part] = digest
         if described.weights:
             (stage / "weights").mkdir(exist_ok=True)
             self._weights(self.table[name].source, described, tensors, stage)
@@ -229,7 +325,8 @@ class _Build:
     # The rest of the folder
 
     def _texts(self, stage: Path) -> None:
-        save_file(self.golden, stage / "golden.safetensors")
+        if self.golden:
+            save_file(self.golden, stage / "golden.safetensors")
         for name, folder in self.source.tokenizer_folders.items():
             tokenizers.convert(folder, stage / f"{name}.json")
         (stage / "scheduler.json").write_text(json.dumps(self.source.configs["scheduler"], indent=1) + "\n")
@@ -265,6 +362,9 @@ class _Build:
         Raises:
             SdxlError: a variant is further from fp32 eager than its tolerance, or the process died.
         """
+        deferred = self._deferred()
+        if deferred:
+            return self._with_checks(unchecked, lambda name, check: msgspec.structs.replace(check, reason=deferred))
         (stage / manifest.MANIFEST).write_bytes(manifest.encode(unchecked))
         checked = golden.run(stage, self.request.device)
         if checked.problem:
@@ -278,13 +378,27 @@ class _Build:
                 f"{result['tolerance']:.0e} is allowed. Nothing was kept of this artifact.",
                 f"To repeat it: {shlex.join(self.planned.command)}",
             )
+
+        def passed(name: str, check: Check) -> Check:
+            return Check(status="passed", error=results[name]["error"], tolerance=check.tolerance, reason="")
+
+        return self._with_checks(unchecked, passed)
+
+    def _deferred(self) -> str:
+        """Why nothing can be checked on this machine; empty if it can."""
+        if not self.golden:
+            return "built with --no-golden: there are no golden tensors to compare with"
+        if not self.present:
+            return f"built for {self.planned.target.name} where there is no such GPU; its first run checks it"
+        return ""
+
+    def _with_checks(self, unchecked: Manifest, checked: Callable[[str, Check], Check]) -> Manifest:
         components = {}
         for name, component in unchecked.components.items():
-            variants = {}
-            for variant, form in component.variants.items():
-                error = results[f"{name}.{variant}"]["error"]
-                check = Check(status="passed", error=error, tolerance=form.check.tolerance, reason="")
-                variants[variant] = msgspec.structs.replace(form, check=check)
+            variants = {
+                variant: msgspec.structs.replace(form, check=checked(f"{name}.{variant}", form.check))
+                for variant, form in component.variants.items()
+            }
             components[name] = msgspec.structs.replace(component, variants=variants)
         return msgspec.structs.replace(unchecked, components=components, build_seconds=dict(self.progress.seconds))
 
@@ -294,7 +408,7 @@ def _built_with(target: gpu.Target) -> dict[str, str]:
     found = {"sdxl-build": "unknown", "python": ".".join(map(str, sys.version_info[:3]))}
     found |= machine.versions("sdxl-build", "torch", "triton", "diffusers", "transformers", "tokenizers", "safetensors")
     found["compiler"] = _compiler()
-    if target.device == "cuda":
+    if target.device == "cuda" and target.gpu_name != "any":
         card = machine.gpus()[target.index]
         found |= {"gpu": card.name, "driver": card.driver}
     else:

@@ -133,8 +133,14 @@ def main() -> None:
     """
 
 
+_encoder_option = click.option(
+    "--with-encoder", is_flag=True, help="The VAE's encoder too, for image to image (sdxl-run --image)."
+)
+
+
 @main.command("torch")
 @_build_options
+@_encoder_option
 def torch_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Builds AOTInductor packages (torch) for this machine's GPU or CPU.
 
@@ -145,12 +151,42 @@ def torch_command(dry_run: bool, as_json: bool, **options: Any) -> None:
 
 @main.command("onnx")
 @_build_options
+@_encoder_option
 def onnx_command(dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Builds ONNX graphs that ONNX Runtime runs; for the CPU so far (--gpu cpu).
+    """Builds ONNX graphs that ONNX Runtime runs, on a GPU (its CUDA provider) or on the CPU.
 
     Prints the artifact's folder, one line a resolution.
     """
     _build("onnx", dry_run, as_json, options)
+
+
+@main.command("trt")
+@_build_options
+@click.option(
+    "--flavor",
+    type=click.Choice(["auto", "tensorrt", "rtx"]),
+    default="auto",
+    show_default=True,
+    help="TensorRT proper, for the GPU that is present, or TensorRT-RTX, for any RTX GPU on any machine.",
+)
+@click.option(
+    "--golden/--no-golden",
+    default=True,
+    help="Whether to compute what the engines are compared with: fp32 eager, minutes on a CPU at full size.",
+)
+@click.option(
+    "--compatibility",
+    type=click.Choice(["none", "same", "ampere+"]),
+    default="none",
+    show_default=True,
+    help="GPUs that shall run an engine of TensorRT proper: this one, its compute capability, or any from Ampere.",
+)
+def trt_command(dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Builds TensorRT engines, with TensorRT-RTX on a machine with any GPU or none: --gpu sm86,sm89,sm120.
+
+    Prints the artifact's folder, one line a resolution.
+    """
+    _build("trt", dry_run, as_json, options)
 
 
 def _build(backend: str, dry_run: bool, as_json: bool, options: dict[str, Any]) -> None:

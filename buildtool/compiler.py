@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,11 +58,19 @@ class Pool:
         self._running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
         self._codes: dict[str, int] = {}
         self._scratch = Path()
+        self._lock = threading.Lock()  # of everything that changes
+        self._closed = False
+        self._error: Exception | None = None
 
     def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._closed = True
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
         for process, _ in self._running.values():
             if process.stdin is not None:
                 process.stdin.close()
@@ -74,6 +83,20 @@ class Pool:
         # The UNet takes longest, so it goes first.
         self._waiting = sorted(jobs, key=lambda job: job.component != "unet")
         self._fill()
+        threading.Thread(target=self._watch, name="compilers", daemon=True).start()
+
+    def _watch(self) -> None:
+        """Starts the next compiler when one has ended, whatever the builder is doing meanwhile."""
+        while not self._closed:
+            with self._lock:
+                if not (self._running or self._waiting) or self._closed:
+                    return
+                try:
+                    self._collect()
+                except Exception as error:  # a full disk: told to who waits for the result
+                    self._error = error
+                    return
+            time.sleep(0.05)
 
     def result(self, component: str, variant: str) -> dict[str, Any]:
         """Waits for a variant: its description, as the exporter gave it.
@@ -83,10 +106,11 @@ class Pool:
         """
         name = f"{component}.{variant}"
         while name not in self._codes:
-            self._collect()
-            # One that failed ends the build: it isn't worth waiting for the others.
-            name = next((n for n, code in self._codes.items() if code), name)
             time.sleep(0.05)
+            if self._error is not None:
+                raise self._error
+            with self._lock:  # one that failed ends the build: it isn't worth waiting for the others
+                name = next((n for n, code in self._codes.items() if code), name)
         answer = self._answer(name)
         if self._codes[name] == 0 and answer:
             return answer
@@ -134,13 +158,20 @@ class Pool:
         for name, (process, began) in list(self._running.items()):
             code = process.poll()
             if code is None:
+                self._show(name)
                 continue
             if process.stdin is not None:
                 process.stdin.close()
             del self._running[name]
             self._codes[name] = code
+            self._progress.beside(name, 1.0)
             self._progress.add(f"{name}: compile", time.perf_counter() - began)
         self._fill()
+
+    def _show(self, name: str) -> None:
+        """How far a compiler is, if it tells."""
+        with contextlib.suppress(OSError, ValueError):
+            self._progress.beside(name, float((self._scratch / f"{name}.progress").read_text()))
 
     def _keep_log(self, name: str) -> Path:
         """Saves a failed compiler's log from the scratch folder, which is about to go."""

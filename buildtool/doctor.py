@@ -28,7 +28,12 @@ MEMORY_WANTED = 16 * GB
 BACKENDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "torch": (("torch",),),
     "onnx": (("onnx",), ("onnxscript",), ("onnx-graphsurgeon",), ("onnxruntime", "onnxruntime-gpu")),
-    "trt": (("tensorrt", "tensorrt_cu13", "tensorrt_cu12", "tensorrt_rtx"), ("onnx",), ("onnxscript",)),
+    "trt": (
+        ("tensorrt_rtx", "tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
+        ("onnx",),
+        ("onnxscript",),
+        ("onnx-graphsurgeon",),
+    ),
     "onediff": (("onediff",), ("nexfort",)),
 }
 
@@ -290,7 +295,7 @@ def hub_cache() -> Row:
     return Row("hub cache", "ok", detail)
 
 
-PLANNED = ("trt", "onediff")
+PLANNED = ("onediff",)
 """Backends that this version can't build yet; their rows say what they will need."""
 
 

@@ -2,17 +2,20 @@
 
 from typing import Any
 
-from buildtool import gpu_room
-from buildtool.plan import COMPONENTS, Plan
+from buildtool import gpu, gpu_room
+from buildtool.plan import COMPONENTS, ENCODER, Plan
 from buildtool.store import files
 from buildtool.store.manifest import Manifest
 from buildtool.store.store import Store
 from buildtool.store.summary import Summary
+from exporters import registry, trt_room
 from exporters.base import Request
 
 # Measured (benchmarks/RESULTS.md): fp32 eager reference plus what torch itself takes, and the package's code.
 IMPORTS_BYTES = 1_200_000_000
 CODE_BYTES = 20_000_000
+HELD = {"unet": 1.15}
+"""What engines of all variants hold of the weights together, where they are stored once (docs/tensorrt.md)."""
 
 
 def estimate(planned: Plan) -> dict[str, Any]:
@@ -31,6 +34,17 @@ def estimate(planned: Plan) -> dict[str, Any]:
     known = _weights_in(store)
     fresh = {of for of in COMPONENTS.values() if planned.key.weights[of] not in known}
     largest = max(parameters.values())
+    memory = IMPORTS_BYTES * (1 + len(compiles)) + largest * (4 + width)
+    disk = sum(parameters[of] * width for of in fresh) + CODE_BYTES * bool(compiles)
+    weighted = registry.backend(planned.spec.backend).weighted
+    if weighted:
+        held = _weights_in(store, planned.key.backend)
+        new = [name for name in compiles if planned.key.weights[(COMPONENTS | ENCODER)[name]] not in held]
+        disk = sum(int(parameters[(COMPONENTS | ENCODER)[name]] * width * HELD.get(name, 1)) for name in new)
+        disk += CODE_BYTES * bool(compiles)
+        reference = gpu_room.reference_bytes(parameters, _request(planned)) if planned.spec.golden else 0
+        memory = max(reference, trt_room.build_bytes(largest, width) if compiles else 0)
+    on_gpu = planned.target.device == "cuda" and (not weighted or gpu.usable(planned.target))
     return {
         "key": planned.key.digest,
         "path": str(found.path or store.base / planned.key.folder),
@@ -39,17 +53,22 @@ def estimate(planned: Plan) -> dict[str, Any]:
         "nearest": str(nearest[0]) if nearest else None,
         "differs": {name: list(pair) for name, pair in nearest[1].items()} if nearest else {},
         "compiles": [] if found.path else compiles,
-        "disk_bytes": 0 if found.path else sum(parameters[of] * width for of in fresh) + CODE_BYTES * bool(compiles),
+        "disk_bytes": 0 if found.path else disk,
         "disk_free_bytes": files.free_bytes(store.base),
-        "memory_bytes": 0 if found.path else IMPORTS_BYTES * (1 + len(compiles)) + largest * (4 + width),
-        "gpu_memory_bytes": 0 if found.path or planned.target.device == "cpu" else _gpu_memory(planned),
+        "memory_bytes": 0 if found.path else memory,
+        "gpu_memory_bytes": _gpu_memory(planned) if on_gpu and not found.path else 0,
         "seconds": None if found.path else _seconds(store, planned),
         "command": list(planned.command),
     }
 
 
 def _gpu_memory(planned: Plan) -> int:
-    request = Request(
+    parameters, request = planned.source.parameters, _request(planned)
+    return gpu_room.reference_bytes(parameters, request) + gpu_room.compiler_bytes(parameters, request)
+
+
+def _request(planned: Plan) -> Request:
+    return Request(
         width=planned.width,
         height=planned.height,
         batch=planned.spec.batch,
@@ -57,13 +76,12 @@ def _gpu_memory(planned: Plan) -> int:
         device=planned.target.torch_device,
         target=planned.target.name,
     )
-    parameters = planned.source.parameters
-    return gpu_room.reference_bytes(parameters, request) + gpu_room.compiler_bytes(parameters, request)
 
 
-def _weights_in(store: Store) -> set[str]:
-    """Digests of the source weights that artifacts in the store were made of."""
-    return {d for _, m in store.summaries() if isinstance(m, Summary) for d in m.key.weights.values()}
+def _weights_in(store: Store, backend: str = "") -> set[str]:
+    """Digests of the source weights that artifacts in the store (of a backend, or of any) were made of."""
+    found = [m for _, m in store.summaries() if isinstance(m, Summary) and backend in ("", m.key.backend)]
+    return {digest for summary in found for digest in summary.key.weights.values()}
 
 
 def _seconds(store: Store, planned: Plan) -> float | None:

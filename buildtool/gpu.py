@@ -108,5 +108,16 @@ def require_present(target: Target, backend: str) -> None:
     machine.require_gpu(target.index)
 
 
+def usable(target: Target) -> bool:
+    """Whether a GPU of the target is here and torch can use it, so that what is built can be run at once."""
+    if target.gpu_name == "any":
+        return False
+    try:
+        machine.require_gpu(target.index)
+    except SdxlError:
+        return False
+    return True
+
+
 def _fitting(names: Sequence[str]) -> machine.Gpu | None:
     return next((gpu for gpu in machine.gpus() if gpu.target in names), None)

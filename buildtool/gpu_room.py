@@ -1,5 +1,7 @@
 """What a build takes of a GPU's memory, so that it fits: who runs where, and how many compilers at once."""
 
+import contextlib
+import ctypes
 import gc
 from collections.abc import Mapping
 
@@ -44,6 +46,8 @@ def free_bytes(request: Request) -> int:
 def release() -> None:
     """Gives back what this process no longer uses, on the GPU too: other processes want it."""
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what many small tensors had: gigabytes
+        ctypes.CDLL(None).malloc_trim(0)
     import torch
 
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -1,7 +1,9 @@
 """What a build would make: spec -> key. Imports no torch and reads no weights, so that a hit is quick."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from buildtool import gpu, models
 from buildtool.checkpoint.configs import vae_scale_factor
@@ -9,11 +11,14 @@ from buildtool.progress import Progress
 from buildtool.store import machine
 from buildtool.store.errors import SdxlError
 from buildtool.store.key import KEY_VERSION, ArtifactKey, CodeKey
-from exporters import registry
+from exporters import registry, trt_flavor
+from exporters.base import ExportError
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 COMPONENTS = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "unet": "unet", "vae_decoder": "vae"}
 """Component -> whose config and weights it is made of. The exporters' table, without importing torch."""
+ENCODER = {"vae_encoder": "vae"}
+"""The same, for ``with_encoder``: text to image has no use for it."""
 UNSIZED = ("text_encoder", "text_encoder_2")
 PRECISIONS = ("fp32", "fp16", "bf16")
 # Settings of a VAE's config that its graph doesn't read: fine-tunes that differ in them share code.
@@ -35,8 +40,16 @@ class Spec:
     batch: int = 1
     precision: str | None = None
     vae: str = "default"
+    with_encoder: bool = False
+    """Whether the artifact has the VAE's encoder too, for image to image."""
     artifacts: Path = Path("artifacts")
     force: bool = False
+    flavor: str = "auto"
+    """Which of a backend's libraries builds."""
+    compatibility: str = "none"
+    """Which GPUs besides the one that is present shall run what is tuned for it."""
+    golden: bool = True
+    """Whether the artifact has golden tensors; without, nobody can check its numbers."""
     jobs: int = 0
     """Compilers at once; 0 for as many as there are cores, up to one a variant."""
 
@@ -65,6 +78,11 @@ class Plan:
         words += ["--resolution", f"{self.width}x{self.height}", "--batch", str(spec.batch)]
         words += ["--precision", self.key.precision]
         words += ["--vae", spec.vae] if spec.vae != "default" else []
+        words += ["--with-encoder"] if spec.with_encoder else []
+        if "flavor" in self.key.options:
+            words += ["--flavor", self.key.options["flavor"]]
+            words += [] if spec.golden else ["--no-golden"]
+            words += ["--compatibility", spec.compatibility] if spec.compatibility != "none" else []
         return (*words, "--artifacts", str(spec.artifacts))
 
 
@@ -75,7 +93,16 @@ def plan(spec: Spec, progress: Progress | None = None) -> list[Plan]:
         SdxlError: the model, the GPU or an option can't be served.
     """
     row = registry.backend(spec.backend)
-    target = gpu.resolve_target(spec.gpu, spec.gpu_index)
+    target = _target(spec, row)
+    flavor = ""
+    if row.flavors:
+        flavor = _flavor(spec, row, target)
+        if spec.compatibility != "none" and flavor != "tensorrt":
+            raise SdxlError(
+                f"--compatibility {spec.compatibility} is for TensorRT proper; TensorRT-RTX builds for --gpu.",
+                "Leave it out, or name several targets: --gpu sm86,sm89",
+            )
+        row = row.flavored(flavor)
     precision = spec.precision or ("fp32" if target.device == "cpu" else "fp16")
     if precision not in PRECISIONS:
         raise SdxlError(f"The {spec.backend} backend has no precision {precision}.", f"Try: {', '.join(PRECISIONS)}.")
@@ -83,7 +110,8 @@ def plan(spec: Spec, progress: Progress | None = None) -> list[Plan]:
         raise SdxlError(f"On a CPU the {spec.backend} backend runs in fp32, not {precision}.", "Leave --precision out.")
     if spec.batch < 1:
         raise SdxlError(f"--batch is the images per call, at least 1; {spec.batch} was given.")
-    gpu.require_present(target, spec.backend)
+    if not row.targets:
+        gpu.require_present(target, spec.backend)
 
     def hashing(what: str, done: int, total: int) -> None:
         if progress is not None:
@@ -97,6 +125,12 @@ def plan(spec: Spec, progress: Progress | None = None) -> list[Plan]:
         config_dir=spec.config,
         progress=hashing,
     )
+    if row.flavors:
+        upcast = bool(source.configs["vae"].get("force_upcast", False))
+        try:
+            trt_flavor.check_types(flavor, target.names, precision, upcast)
+        except ExportError as error:
+            raise SdxlError(error.message, error.hint) from None
     factor = vae_scale_factor(source.configs["vae"])
     plans = []
     for width, height in spec.resolutions or (source.default_size,):
@@ -107,6 +141,29 @@ def plan(spec: Spec, progress: Progress | None = None) -> list[Plan]:
             )
         plans.append(_plan(spec, row, source, target, width, height, precision, factor))
     return plans
+
+
+def _target(spec: Spec, row: registry.Backend) -> gpu.Target:
+    """What ``--gpu`` names; backends with flavors build for GPUs only, whether they are here or not."""
+    elsewhere = "Name the GPU that it is for, which needn't be here: --gpu sm86"
+    if row.flavors and spec.gpu.strip().lower() == "auto" and not machine.gpus():
+        raise SdxlError("No GPU was found on this machine.", elsewhere)
+    target = gpu.resolve_target(spec.gpu, spec.gpu_index)
+    if row.flavors and target.device == "cpu":
+        raise SdxlError(f"The {spec.backend} backend builds for NVIDIA GPUs, not for a CPU.", elsewhere)
+    return target
+
+
+def _flavor(spec: Spec, row: registry.Backend, target: gpu.Target) -> str:
+    """The flavor that builds: the one asked for, or the best of those that are installed."""
+    installed = {name for name, flavor in row.flavors.items() if machine.versions(*flavor.distributions)}
+    if not gpu.usable(target):
+        installed.discard("tensorrt")
+    here = target.names[0] if target.gpu_name != "any" else ""
+    try:
+        return trt_flavor.choose(spec.flavor, target.names, here, installed)
+    except ExportError as error:
+        raise SdxlError(error.message, error.hint) from None
 
 
 def _plan(
@@ -123,6 +180,10 @@ def _plan(
     options = dict(row.options.get(target.device, {}))
     if precision == "fp32":  # who asks for it wants all of it; elsewhere it is for what is upcast (the VAE)
         options.pop("tf32", None)
+    if row.flavors:
+        options |= {"golden": spec.golden, "compatibility": spec.compatibility}
+    if spec.with_encoder:  # left out where it isn't, so that such artifacts keep their keys
+        options["encoder"] = True
     gpu_name = target.gpu_name if row.tunes else "any"
     key = ArtifactKey(
         key_version=KEY_VERSION,
@@ -145,7 +206,7 @@ def _plan(
     )
     upcast = precision == "fp16" and source.configs["vae"].get("force_upcast", False)
     codes = {}
-    for component, of in COMPONENTS.items():
+    for component, of in (COMPONENTS | (ENCODER if spec.with_encoder else {})).items():
         config = {n: v for n, v in source.configs[of].items() if of != "vae" or n not in NOT_COMPILED}
         sized = component not in UNSIZED
         codes[component] = CodeKey(
@@ -159,10 +220,17 @@ def _plan(
             height=height if sized else 0,
             batch=spec.batch if sized else 0,
             precision="fp32" if of == "vae" and upcast else precision,
-            options={n: v for n, v in options.items() if n == "tf32" and of == "vae" and upcast},
+            options=_code_options(row, options, source.weights[of], of == "vae" and upcast),
             toolchain=toolchain,
         )
     return Plan(spec, source, target, width, height, key, codes)
+
+
+def _code_options(row: registry.Backend, options: Mapping[str, Any], weights: str, upcast: bool) -> dict[str, Any]:
+    """What of the artifact's options shapes a component's code; with it the digest of weights that the code holds."""
+    if row.weighted:
+        return {**{n: v for n, v in options.items() if n not in ("golden", "encoder")}, "weights": weights}
+    return {n: v for n, v in options.items() if n == "tf32" and upcast}
 
 
 def _toolchain(row: registry.Backend, target: gpu.Target) -> dict[str, str]:
@@ -171,8 +239,13 @@ def _toolchain(row: registry.Backend, target: gpu.Target) -> dict[str, str]:
     if not torch:
         raise SdxlError("torch is not installed.", "pip install torch")
     found = {"exporter": str(row.version), **torch, **_installed(*row.distributions, hint=row.install)}
-    if target.device == "cuda":
-        found |= _installed("triton", hint="pip install triton")
+    if target.device == "cuda" and row.on_gpu:
+        found |= _installed(*row.on_gpu, hint=f"pip install {' '.join(row.on_gpu)}")
+    if row.one_of:
+        there = machine.versions(*row.one_of)
+        if not there:
+            raise SdxlError(f"{row.one_of[0]} is not installed, and building needs it.", row.install)
+        found |= dict([next(iter(there.items()))])
     return found
 
 

@@ -19,6 +19,7 @@ class Progress:
         self._quiet = not sys.stderr.isatty() if quiet is None else quiet
         self._bars: Any = None
         self._task: Any = None
+        self._beside: dict[str, Any] = {}
 
     def __enter__(self) -> "Progress":
         if not self._quiet:
@@ -56,6 +57,18 @@ class Progress:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 3)
         if self._bars is not None:
             self._bars.add_task(f"{name} [{seconds:.0f} s]", total=1, completed=1)
+
+    def beside(self, name: str, part: float) -> None:
+        """How far a stage is that runs beside this process, from 0 to 1; at 1 its bar goes."""
+        if self._bars is None:
+            return
+        if part >= 1:
+            if name in self._beside:
+                self._bars.remove_task(self._beside.pop(name))
+            return
+        if name not in self._beside:
+            self._beside[name] = self._bars.add_task(name, total=1.0)
+        self._bars.update(self._beside[name], completed=part)
 
     def update(self, done: int, total: int) -> None:
         """How far the current stage is."""

@@ -1,7 +1,7 @@
 """What every backend's exporter shares: the request, what it leaves behind, and the errors."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -54,6 +54,8 @@ class Request:
         device: torch's name of the device to trace and compile on, ``cpu`` or ``cuda:0``.
         target: ``cpu-avx512``, ``sm90``, …: what the code has to run on.
         options: the backend's own options.
+        weights: for backends that compile with the weights: their file, laid out as :meth:`Exporter.layout` says.
+        caches: a folder for what later builds can use; empty for none.
     """
 
     width: int
@@ -63,6 +65,8 @@ class Request:
     device: str
     target: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = ""
+    caches: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class VariantCode:
     """One compiled variant: its file, what goes in and out, and the weights that it reads.
 
     ``constants`` maps the code's own names to stored tensors; ``tensors`` says how those are stored
-    (empty for engines that hold their weights).
+    (empty for engines that hold their weights). ``others`` are files that belong into the artifact too.
     """
 
     file: str
@@ -78,12 +82,15 @@ class VariantCode:
     outputs: tuple[TensorSpec, ...]
     constants: dict[str, str]
     tensors: dict[str, StoredTensor]
+    others: tuple[str, ...] = ()
 
 
 class Exporter(abc.ABC):
     """Turns one variant of a component into files. One subclass a backend; the registry has its row."""
 
     name: ClassVar[str]
+    progress: Callable[[float], None] = staticmethod(lambda part: None)
+    """Told how much of a variant is compiled, from 0 to 1, by compilers that say so; from any thread."""
 
     @abc.abstractmethod
     def check_request(self, request: Request) -> None:
@@ -92,6 +99,37 @@ class Exporter(abc.ABC):
         Raises:
             ExportError: the request, or what is missing here to serve it.
         """
+
+    def check_room(self, parameters: Mapping[str, int], request: Request) -> int:
+        """How many compilers at once this machine has memory for, at least one; 0 for any number.
+
+        Args:
+            parameters: component's source -> how many numbers its weights are.
+
+        Raises:
+            ExportError: not even one.
+        """
+        return 0
+
+    def layout(self, component: "Component", configs: "Configs", request: Request) -> dict[str, StoredTensor]:
+        """How the file of ``Request.weights`` has to be laid out; {} for backends that compile without weights."""
+        return {}
+
+    def share(self, engine: Path, known: Mapping[str, Path]) -> dict[str, Path]:
+        """Takes out of a compiled file what other files have too, so that it can be stored once.
+
+        Args:
+            engine: the file, which is replaced.
+            known: digest -> files of what is shared already.
+
+        Returns:
+            What else can be shared from now on: sha256 -> its file, beside the engine.
+        """
+        return {}
+
+    def shared(self, component: str, engine: Path) -> dict[str, str]:
+        """What a compiled file shares with others: sha256 -> the file's name in the artifact's folder."""
+        return {}
 
     def export(
         self, component: "Component", variant: str, configs: "Configs", request: Request, out: Path

@@ -33,13 +33,13 @@ class OnnxExporter(Exporter):
     name = "onnx"
 
     def check_request(self, request: Request) -> None:
-        if request.device != "cpu":
-            raise ExportError(
-                f"The onnx backend builds for the CPU so far; {request.target} was asked for.", "Use --gpu cpu."
-            )
-        if request.precision != "fp32":
+        if request.device == "cpu" and request.precision != "fp32":
             raise ExportError(
                 f"The onnx backend runs in fp32 on a CPU, not in {request.precision}.", "Use --precision fp32."
+            )
+        if request.precision not in ("fp32", "fp16"):
+            raise ExportError(
+                f"The onnx backend runs in fp32 and fp16 on a GPU, not in {request.precision}.", "Use --precision fp16."
             )
         if importlib.util.find_spec("onnxruntime") is None:
             raise ExportError(
@@ -84,15 +84,11 @@ def trace(component: Component, variant: str, configs: Configs, request: Request
 
     Parameters become inputs before anything is optimized: what has no value can't be folded away.
     """
-    dtype = DTYPES[component.precision(configs, request)]
-    graph = component.graph(configs[component.source], "meta", dtype)
-    module = graph.module
-    nn.Module.to(module, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    _cast_sinusoids(module, dtype)
+    module, plan = described(component, configs, request)
+    _cast_sinusoids(module, DTYPES[component.precision(configs, request)])
     inputs = example_inputs(component, configs, dataclasses.replace(request, device="meta"), variant)
     program = torch.export.export(module, (), kwargs=inputs, strict=False)
     results = [node.meta["val"] for node in program.graph.find_nodes(op="output")[0].args[0]]
-    plan = layout.plan(dict(module.named_parameters()), graph.sources, {})
     exported = torch.onnx.export(
         program,
         (),
@@ -123,6 +119,15 @@ def trace(component: Component, variant: str, configs: Configs, request: Request
     model = onnx_ir.to_proto(exported.model)
     model.producer_name, model.producer_version = "sdxl-build", ""
     return Network(model, inputs, dict(zip(component.outputs, results, strict=True)), plan)
+
+
+def described(component: Component, configs: Configs, request: Request) -> tuple[nn.Module, dict[str, StoredTensor]]:
+    """A component's module on the meta device, and how its parameters will be stored: in ONNX's order, NCHW."""
+    dtype = DTYPES[component.precision(configs, request)]
+    graph = component.graph(configs[component.source], "meta", dtype)
+    module = graph.module
+    nn.Module.to(module, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return module, layout.plan(dict(module.named_parameters()), graph.sources, {})
 
 
 class _Cast(nn.Module):

@@ -2,10 +2,11 @@
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from exporters.base import Exporter, ExportError
+from exporters.trt_flavor import FLAVORS, Flavor
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Backend:
         tunes: whether the code is tuned for the exact GPU, whose name then belongs in the key.
         install: the pip line for what it needs.
         options: device kind -> what the artifact's key says of how it is run there.
+        on_gpu: packages that it needs besides, for a GPU; they are in the key too.
+        weighted: whether compiled code holds the weights, whose digest then belongs in its key.
+        targets: what it builds for on any machine; empty: only for what is present.
+        one_of: packages that bring the same library under several names; one is needed, and is in the key.
+        flavors: libraries that it can build with, by name; :meth:`flavored` gives the row of one.
     """
 
     exporter: str
@@ -29,6 +35,23 @@ class Backend:
     tunes: bool
     install: str
     options: Mapping[str, Mapping[str, Any]]
+    on_gpu: tuple[str, ...] = ()
+    weighted: bool = False
+    targets: tuple[str, ...] = ()
+    one_of: tuple[str, ...] = ()
+    flavors: Mapping[str, Flavor] = field(default_factory=dict)
+
+    def flavored(self, name: str) -> "Backend":
+        """The row of one of its flavors."""
+        flavor = self.flavors[name]
+        return replace(
+            self,
+            one_of=flavor.distributions,
+            tunes=not flavor.targets,
+            targets=flavor.targets,
+            install=flavor.install,
+            options={kind: {**options, "flavor": name} for kind, options in self.options.items()},
+        )
 
 
 BACKENDS = {
@@ -36,10 +59,11 @@ BACKENDS = {
         exporter="exporters.torch_package:TorchExporter",
         loader="torch_package",
         distributions=("diffusers",),
-        version=2,
+        version=3,
         tunes=True,
         install="pip install sdxl-build",
         options={"cuda": {"tf32": True}},
+        on_gpu=("triton",),
     ),
     "onnx": Backend(
         exporter="exporters.onnx_graph:OnnxExporter",
@@ -48,7 +72,21 @@ BACKENDS = {
         version=1,
         tunes=False,
         install="pip install 'sdxl-build[onnx]'",
-        options={"cpu": {"provider": "CPUExecutionProvider"}},
+        options={
+            "cpu": {"provider": "CPUExecutionProvider"},
+            "cuda": {"provider": "CUDAExecutionProvider", "tf32": True},
+        },
+    ),
+    "trt": Backend(
+        exporter="exporters.trt_engine:TrtExporter",
+        loader="trt_engine",
+        distributions=("diffusers", "onnx", "onnxscript", "onnx-ir", "onnx-graphsurgeon"),
+        version=1,
+        tunes=False,
+        install="pip install 'sdxl-build[trt]'",
+        options={"cuda": {"tf32": True}},
+        weighted=True,
+        flavors=FLAVORS,
     ),
 }
 

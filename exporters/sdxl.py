@@ -50,6 +50,20 @@ class VaeDecoderGraph(nn.Module):
         return (image.contiguous(),)
 
 
+class VaeEncoderGraph(nn.Module):
+    """The VAE's encoder, to the mean and log variance of latents that aren't scaled yet; a tiny VAE's to latents."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.model = vae
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        moments: Tensor = self.model.encoder(image)  # type: ignore[operator]
+        if getattr(self.model, "quant_conv", None) is not None:
+            moments = self.model.quant_conv(moments)  # type: ignore[operator]
+        return (moments.contiguous(),)
+
+
 class ReferenceTextEncoder(nn.Module):
     """transformers' own text encoder: what the golden tensors are computed with."""
 
@@ -145,6 +159,10 @@ def _unet_inputs(configs: Configs, request: Request, variant: str, dtype: torch.
 
 def _decoder_inputs(configs: Configs, request: Request, variant: str, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
     return (spec("latents", _latent_shape(configs, request, request.batch), dtype),)
+
+
+def _encoder_inputs(configs: Configs, request: Request, variant: str, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    return (spec("image", (request.batch, 3, request.height, request.width), dtype),)
 
 
 def load_weights(module: nn.Module, tensors: Tensors, names: Callable[[str], str], device: str) -> None:
@@ -263,6 +281,21 @@ def _decoder_graph(config: Mapping[str, Any], device: str, dtype: torch.dtype) -
     return Graph(VaeDecoderGraph(vae).eval(), {f"model.{name}": (name,) for name in vae.state_dict()})
 
 
+def _encoder_reference(config: Mapping[str, Any], tensors: Tensors, device: str) -> nn.Module:
+    vae = _diffusers_model(config)
+    load_weights(vae, tensors, str, device)
+    return VaeEncoderGraph(vae).eval()
+
+
+def _encoder_graph(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Graph:
+    vae = _diffusers_model(config)
+    for half in ("decoder", "post_quant_conv"):  # the encoder's graph reads neither
+        if hasattr(vae, half):
+            setattr(vae, half, None)
+    fill_with_noise(vae, device, dtype)
+    return Graph(VaeEncoderGraph(vae).eval(), {f"model.{name}": (name,) for name in vae.state_dict()})
+
+
 COMPONENTS: tuple[Component, ...] = (
     Component(
         name="text_encoder",
@@ -311,6 +344,18 @@ COMPONENTS: tuple[Component, ...] = (
         outputs=("sample",),
         reference=_decoder_reference,
         graph=_decoder_graph,
+    ),
+    Component(
+        name="vae_encoder",
+        source="vae",
+        variants=("main",),
+        sized=True,
+        batched=True,
+        tolerance={"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2},
+        inputs=_encoder_inputs,
+        outputs=("moments",),
+        reference=_encoder_reference,
+        graph=_encoder_graph,
     ),
 )
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from exporters.base import ExportError, Request
 def main(job: Path) -> int:
     """Runs a job file: ``backend``, ``component``, ``variant``, ``configs``, ``request``, ``out``.
 
-    Writes ``<job>.result``: the variant's description, or ``error`` and ``hint``. Returns the exit code.
+    Writes ``<job>.result``: the variant's description, or ``error`` and ``hint``; meanwhile ``<job>.progress``, the
+    part that is done, if the compiler tells. Returns the exit code.
     """
     threading.Thread(target=_end_with_builder, daemon=True).start()
     asked: dict[str, Any] = json.loads(job.read_bytes())
@@ -29,7 +31,9 @@ def main(job: Path) -> int:
     from exporters import registry, sdxl
 
     try:
-        code = registry.exporter(asked["backend"]).export(
+        exporter = registry.exporter(asked["backend"])
+        exporter.progress = _Progress(job.with_suffix(".progress"))
+        code = exporter.export(
             sdxl.component(asked["component"]),
             asked["variant"],
             asked["configs"],
@@ -43,6 +47,21 @@ def main(job: Path) -> int:
         return 1
     result.write_text(json.dumps(dataclasses.asdict(code)))
     return 0
+
+
+class _Progress:
+    """Keeps the part that is done in a file, for the builder to show."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._next = 0.0
+
+    def __call__(self, part: float) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + 0.2
+            with contextlib.suppress(OSError):  # it is only shown
+                self._file.write_text(f"{part:.4f}")
 
 
 def _end_with_builder() -> None:

@@ -90,6 +90,8 @@ class Loader(abc.ABC):
     """Makes engines of an artifact's files. One subclass a backend; the manifest names it."""
 
     name: ClassVar[str]
+    takes_weights: ClassVar[bool] = False
+    """Whether engines are given the weights as tensors, or read the weights file by themselves."""
 
     @abc.abstractmethod
     def check_machine(self, folder: Path, manifest: Manifest, device: torch.device) -> None:
@@ -109,7 +111,7 @@ class Loader(abc.ABC):
         """
         described = manifest.components[component]
         form = described.variants[variant]
-        tensors = weights.tensors(folder, manifest, component) if described.weights else {}
+        tensors = weights.tensors(folder, manifest, component) if self.takes_weights else {}
         options, name = manifest.key.options, f"{component}.{variant}"
         return self._engine(folder / form.file, name, described, form, tensors, options, device)
 

@@ -4,6 +4,7 @@ Runs in a process of its own, because compiled code that is wrong can take the p
 """
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from runtimes.base import Engine
 from runtimes.weights import Weights
 
 GOLDEN = "golden.safetensors"
+log = logging.getLogger("runtimes")
 
 
 @torch.inference_mode()
@@ -65,11 +67,15 @@ def failed(error: dict[str, float], variant: Variant) -> bool:
 def ensure(artifact: Artifact, component: str, variant: str, engine: Engine) -> None:
     """Checks a variant whose check was deferred to the machine that runs it, once.
 
+    An artifact that was built without golden tensors can't be checked: its manifest says so, and so does the log.
     The result is kept outside the artifact, which may be read-only and is sealed anyway.
 
     Raises:
         SdxlError: the engine's numbers are further from fp32 eager than allowed.
     """
+    if GOLDEN not in artifact.manifest.files:
+        log.warning("%s: %s.%s runs unchecked: no golden tensors were built.", artifact.folder, component, variant)
+        return
     where = torch.cuda.get_device_name(artifact.device) if artifact.device.type == "cuda" else "cpu"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl-build" / "checks"
     record = cache / f"{artifact.manifest.digest}.json"
@@ -104,6 +110,8 @@ def check(folder: Path, device: str | None = None) -> dict[str, dict[str, Any]]:
         ``<component>.<variant>`` -> ``error`` by output, ``tolerance``, ``passed``.
     """
     manifest = manifests.read(folder)
+    if GOLDEN not in manifest.files:
+        raise SdxlError(f"{folder} was built without golden tensors to check it with.", "Build it with them: --golden")
     where = device_for(manifest, device)
     artifact = Artifact(folder, manifest, where, Weights(where), {})
     results: dict[str, dict[str, Any]] = {}

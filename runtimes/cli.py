@@ -18,6 +18,7 @@ from buildtool.store.manifest import Manifest
 from runtimes import jobs, timeline
 from runtimes.jobs import MAX_SEED, Job
 from runtimes.names import Names
+from runtimes.schedulers import SCHEDULERS
 
 # torch, the pipeline and rich are imported where they are used: --help and wrong options answer at once.
 
@@ -49,7 +50,8 @@ def _digests(context: click.Context, option: click.Parameter, values: tuple[str,
     "prompts_file",
     metavar="FILE",
     help="One prompt a line, or JSON lines with a prompt and any of negative_prompt, seed, width, height, steps, "
-    'guidance, guidance_until, num_images, out. "-" reads JSON lines from stdin and answers each with one on stdout.',
+    'guidance, guidance_until, scheduler, image, strength, num_images, out. "-" reads JSON lines from stdin and '
+    "answers each with one on stdout.",
 )
 @click.option("--negative-prompt", metavar="TEXT", help="What to keep out of the picture.")
 @click.option(
@@ -66,6 +68,22 @@ def _digests(context: click.Context, option: click.Parameter, values: tuple[str,
     show_default=True,
     metavar="FRACTION",
     help="Part of the steps that is guided; the rest runs about twice as fast.",
+)
+@click.option(
+    "--scheduler",
+    type=click.Choice(list(SCHEDULERS)),
+    help="The sampler.  [default: the one that the model came with]",
+)
+@click.option(
+    "--image", metavar="FILE", help="A picture to start from (image to image); the artifact needs --with-encoder."
+)
+@click.option(
+    "--strength",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    show_default=True,
+    metavar="FRACTION",
+    help="With --image: the part of the steps that runs; 1 forgets the picture.",
 )
 @click.option(
     "--num-images", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures of each prompt."

@@ -120,6 +120,21 @@ class Driver:
         self._call("cuEventSynchronize", event)
 
 
+_held = 0
+_held_lock = threading.Lock()
+
+
+def _count(size: int) -> None:
+    global _held
+    with _held_lock:
+        _held += size
+
+
+def held_bytes() -> int:
+    """GPU memory that uploaded weights take in this process; torch's own statistics don't have it."""
+    return _held
+
+
 @dataclass
 class Upload:
     """One weights file on its way to the device. The memory is freed when nothing refers to this any more."""
@@ -150,6 +165,7 @@ class Upload:
 
     def __del__(self) -> None:
         if self.address and self._driver is not None:
+            _count(-self.size)
             with contextlib.suppress(Exception):  # the interpreter or the driver is shutting down
                 self._driver.free(self.address)
 
@@ -191,7 +207,7 @@ class Uploads:
     def _run(self) -> None:
         try:
             with timeline.span("GPU context"):
-                driver = Driver(self._index, self._library)
+                driver = _driver(self._index, self._library)
             for upload in self._order:
                 self._allocate(driver, upload)
             self._chunks = self._all_chunks()
@@ -207,6 +223,7 @@ class Uploads:
         try:
             upload.size = upload._left = upload.path.stat().st_size
             upload.address, upload._driver = driver.allocate(upload.size), driver
+            _count(upload.size)
         except DriverError as error:
             if error.code != OUT_OF_MEMORY:
                 raise
@@ -268,12 +285,27 @@ class Uploads:
     def _fail(self, error: Exception) -> None:
         """Everyone who waits is told; what is there already stays."""
         self._cancelled = True
+        if isinstance(error, DriverError):
+            error = SdxlError(f"The GPU's driver failed: {error}.", "See what is there: sdxl-build doctor")
         if isinstance(error, OSError) and error.filename is not None:
             error = SdxlError(f"{error.filename} cannot be read: {error.strerror}.", "Check it: sdxl-build verify")
         for upload in [*self._files.values()]:
             if not upload._done.is_set():
                 upload.error = error
                 upload._done.set()
+
+
+def _driver(index: int, library: Any) -> Driver:
+    """The driver, whose first act on a device takes memory there already."""
+    try:
+        return Driver(index, library)
+    except DriverError as error:
+        if error.code != OUT_OF_MEMORY:
+            raise
+        raise SdxlError(
+            f"GPU {index} is full: there is no room for this process's own context, about half a GB.",
+            "See who uses it: nvidia-smi. Another GPU: --gpu-index",
+        ) from None
 
 
 def _fill(memory: memoryview, file: int, offset: int, path: Path) -> None:
@@ -293,6 +325,8 @@ def out_of_memory(what: str, free: int, total: int) -> SdxlError:
     )
 
 
+LOADERS = ("torch_package",)
+"""Those that take weights as tensors; the others' engines read their files by themselves."""
 ORDER = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
 
 
@@ -306,7 +340,7 @@ def weights_files(artifacts: Sequence[tuple[Path, Manifest]]) -> dict[str, Path]
     for name in sorted({n for _, m in artifacts for n in m.components}, key=lambda n: (rank(n), n)):
         for folder, manifest in artifacts:
             component = manifest.components.get(name)
-            if component is not None and component.weights:
+            if component is not None and component.weights and component.loader in LOADERS:
                 wanted.setdefault(manifest.files[component.weights].sha256, folder / component.weights)
     return wanted
 

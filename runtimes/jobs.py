@@ -10,6 +10,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from buildtool.store.errors import SdxlError
+from runtimes.schedulers import SCHEDULERS
 
 MAX_SEED = 2**63 - 1
 
@@ -28,19 +29,26 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     guidance: Annotated[float, Meta(ge=0)] | None = None
     guidance_until: Annotated[float, Meta(ge=0, le=1)] | None = None
     num_images: Count | None = None
+    scheduler: str | None = None
+    image: str | None = None
+    strength: Annotated[float, Meta(ge=0, le=1)] | None = None
     out: str | None = None
 
     def __post_init__(self) -> None:
         check_text(self.prompt)
         if isinstance(self.negative_prompt, str):
             check_text(self.negative_prompt)
-        for name in ("guidance", "guidance_until"):  # ranges let NaN through
+        if self.scheduler not in (None, *SCHEDULERS):
+            raise ValueError(f"there is no scheduler {self.scheduler!r}; there are {', '.join(SCHEDULERS)}")
+        for name in ("guidance", "guidance_until", "strength"):  # ranges let NaN through
             if not math.isfinite(getattr(self, name) or 0):
                 raise ValueError(f"{name} is not a finite number")
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True):
-    """How one picture is made. Sizes are in pixels, ``guidance_until`` is a fraction of the steps."""
+    """How one picture is made. Sizes are in pixels, ``guidance_until`` is a fraction of the steps,
+    ``scheduler`` a name in ``runtimes.schedulers.SCHEDULERS``; ``image`` is the file that the run started from
+    and ``strength`` how much of the steps it took, both None for text to image."""
 
     prompt: str
     negative_prompt: str | None
@@ -50,6 +58,9 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     guidance: float
     guidance_until: float
+    scheduler: str
+    image: str | None = None
+    strength: float | None = None
 
 
 def check_text(text: str) -> str:

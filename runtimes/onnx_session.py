@@ -33,17 +33,31 @@ class OnnxSessionEngine(Engine):
     convolutions' weights, it reads from the file all the same.
     """
 
-    def __init__(self, path: Path, name: str, variant: Variant, provider: str, device: torch.device) -> None:
+    def __init__(
+        self, path: Path, name: str, variant: Variant, provider: str, device: torch.device, tf32: bool = False
+    ) -> None:
         super().__init__(name, variant, device)
         ort = _onnxruntime(provider)
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
-        # Packing and folding (of the transposed matrices) would copy most weights, once a session.
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        unwanted = ["ConstantFolding"]
+        settings: dict[str, str] = {}
+        unwanted: list[str] = []
+        if device.type == "cuda":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # one slow node would be silent
+            settings = {
+                "device_id": str(device.index or 0),
+                "use_tf32": str(int(tf32)),
+                "arena_extend_strategy": "kSameAsRequested",
+            }
+        else:
+            # Packing and folding (of the transposed matrices) would copy most weights, once a session.
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            unwanted.append("ConstantFolding")
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[provider], disabled_optimizers=unwanted)
+            self._session = ort.InferenceSession(
+                str(path), options, providers=[(provider, settings)], disabled_optimizers=unwanted
+            )
         except Exception as error:  # its exceptions have no base of their own
             first = str(error).partition("\n")[0].rstrip(".")
             raise SdxlError(
@@ -64,6 +78,8 @@ class OnnxSessionEngine(Engine):
     def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         for spec, tensor in zip(self.inputs, inputs, strict=True):
             self._binding.bind_input(spec.name, *self._place(spec), tensor.data_ptr())
+        if self.device.type == "cuda":  # it runs on a stream of its own, and returns when that is done
+            torch.cuda.current_stream(self.device).synchronize()
         self._session.run_with_iobinding(self._binding)
         return tuple(self._results)
 
@@ -114,7 +130,7 @@ class OnnxSessionLoader(Loader):
         options: Mapping[str, Any],
         device: torch.device,
     ) -> Engine:
-        return OnnxSessionEngine(path, name, variant, options["provider"], device)
+        return OnnxSessionEngine(path, name, variant, options["provider"], device, bool(options.get("tf32", False)))
 
 
 def _provider(folder: Path, manifest: Manifest) -> str:

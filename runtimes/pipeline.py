@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
-from runtimes import encode, images
+from runtimes import encode, image_to_image, images, schedulers, starts, steps
 from runtimes.artifact import Artifact
 from runtimes.base import Clock, Size
 from runtimes.denoiser import Conditioning, Denoiser
-from runtimes.euler import EulerDiscrete
+from runtimes.noise import randn
 
 Generators = torch.Generator | list[torch.Generator] | None
 REFUSED = ("clip_skip", "cross_attention_kwargs", "ip_adapter_image", "ip_adapter_image_embeds")
@@ -33,16 +34,18 @@ class Pipeline:
 
     Args:
         artifacts: opened artifacts that share a device and a model.
-        scheduler: ``EulerDiscrete`` from the artifact's ``scheduler.json``, or any diffusers scheduler.
+        scheduler: a name in ``runtimes.schedulers.SCHEDULERS``, or any diffusers scheduler; the one that the
+            artifact's ``scheduler.json`` names where None is given.
     """
 
     artifacts: Sequence[Artifact]
     scheduler: Any = None
+    _named: dict[str, Any] = field(default_factory=dict, repr=False)
     _parts: dict[Size, tuple[encode.PromptEncoder, Denoiser]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.scheduler is None:
-            self.scheduler = EulerDiscrete.from_config(self.artifacts[0].json("scheduler.json"))
+        if isinstance(self.scheduler, str) or (self.scheduler is None and schedulers.is_built_in(self._settings)):
+            self.scheduler = schedulers.make(self._settings, self.scheduler)
         self._clock = Clock(self.device)
 
     @property
@@ -98,15 +101,23 @@ class Pipeline:
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
+        image: Any = None,
+        strength: float = 0.3,
+        denoising_start: float | None = None,
         guidance_until: float = 1.0,
+        scheduler: Any = None,
         progress: Callable[[int, int], None] | None = None,
         **refused: Any,
     ) -> PipelineOutput | tuple[Any]:
         """Makes pictures; arguments and defaults are diffusers' own.
 
+        ``image``, ``strength`` and ``denoising_start`` are those of ``StableDiffusionXLImg2ImgPipeline``: ``image`` is
+        a PIL image, a list of them, a tensor (N, 3, H, W) in 0…1, or latents (N, C, h, w), which need no encoder.
+
         Args beyond diffusers':
             guidance_until: fraction of the steps that are guided: ``int(n * f) + 1`` of the n that run
                 for f below 1, all for 1.
+            scheduler: for this call, instead of the pipeline's: a name, or a diffusers scheduler.
             progress: called with (steps done, steps in all).
 
         Raises:
@@ -116,7 +127,15 @@ class Pipeline:
         _refuse(refused, callback_on_step_end_tensor_inputs)
         if not 0.0 <= guidance_until <= 1.0:
             raise ValueError(f"guidance_until is a fraction from 0 to 1, not {guidance_until}.")
+        if not 0.0 <= strength <= 1.0:
+            raise ValueError(f"strength is a fraction from 0 to 1, not {strength}.")
+        if denoising_start is not None and image is None:
+            raise ValueError("denoising_start goes with image: a picture, or the latents to go on from.")
+        scheduler = self._scheduler(scheduler)
         artifact = self._artifact(height, width)
+        encodes = image is not None and latents is None and not image_to_image.are_latents(artifact, image)
+        if encodes:
+            starts.require_encoder(artifact.manifest)
         encoder, denoiser = self._parts_of(artifact)
         width, height = artifact.size
         guides = guidance_scale > 1
@@ -144,6 +163,12 @@ class Pipeline:
             negative_sizes = encode.time_ids(
                 negative_original_size, negative_crops_coords_top_left, negative_target_size
             )
+        elif image is not None:  # image to image takes each by itself, and the crop of the positive ones
+            negative_sizes = encode.time_ids(
+                negative_original_size or original_size or (height, width),
+                crops_coords_top_left,
+                negative_target_size or target_size or (height, width),
+            )
         without, pooled_without = (each.repeat_interleave(num_images_per_prompt, dim=0) for each in negative)
         conditioning = Conditioning(
             embeds, pooled, sizes.repeat(count, 1), without, pooled_without, negative_sizes.repeat(count, 1)
@@ -154,34 +179,50 @@ class Pipeline:
             {
                 ("unet", "cfg"): guides,
                 ("unet", "nocfg"): not guides or guidance_until < 1,
+                ("vae_encoder", "main"): encodes,
                 ("vae_decoder", "main"): output_type != "latent",
             },
         )
         self._clock.stop("load")
 
         # 2. Time steps and noise.
-        steps = self._timesteps(num_inference_steps, timesteps, sigmas, denoising_end)
-        latents = self._latents(artifact, count, embeds.dtype, generator, latents)
-        guided = len(steps) if guidance_until == 1 else min(int(len(steps) * guidance_until) + 1, len(steps))
+        times = steps.choose(
+            scheduler,
+            self.device,
+            num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            denoising_end=denoising_end,
+            strength=None if image is None else strength,
+            denoising_start=denoising_start,
+        )
+        started = latents is not None
+        latents = self._latents(artifact, count, embeds.dtype, generator, latents, image)
+        if image is None:
+            latents = latents * scheduler.init_noise_sigma
+        elif not started and denoising_start is None:
+            noise = randn(latents.shape, generator, self.device, latents.dtype)
+            latents = scheduler.add_noise(latents, noise, times[:1].repeat(count))
+        guided = len(times) if guidance_until == 1 else min(int(len(times) * guidance_until) + 1, len(times))
         denoiser.prepare(
             conditioning,
-            steps,
+            times,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             guided=guided if guides else 0,
         )
-        extra = self._step_arguments(eta, generator)
+        extra = _step_arguments(scheduler, eta, generator)
 
         # 3. The loop.
-        for i, t in enumerate(steps):
-            scaled = self.scheduler.scale_model_input(latents, t)
+        for i, t in enumerate(times):
+            scaled = scheduler.scale_model_input(latents, t)
             noise = denoiser(scaled, i)
-            latents = self.scheduler.step(noise, t, latents, **extra, return_dict=False)[0].to(latents.dtype)
+            latents = scheduler.step(noise, t, latents, **extra, return_dict=False)[0].to(latents.dtype)
             if callback_on_step_end is not None:
                 changed = callback_on_step_end(self, i, t, {"latents": latents}) or {}
                 latents = changed.get("latents", latents)
             if progress is not None:
-                progress(i + 1, len(steps))
+                progress(i + 1, len(times))
         self._clock.stop("denoise")
 
         # 4. Pictures.
@@ -220,48 +261,48 @@ class Pipeline:
             self._parts[artifact.size] = (encode.PromptEncoder(artifact), Denoiser(artifact))
         return self._parts[artifact.size]
 
-    def _timesteps(
-        self, steps: int, timesteps: list[int] | None, sigmas: list[float] | None, denoising_end: float | None
-    ) -> Tensor:
-        """The time steps that will run, (steps,), as diffusers' ``retrieve_timesteps`` and ``denoising_end``."""
-        if timesteps is not None and sigmas is not None:
-            raise ValueError("Only one of timesteps or sigmas can be passed.")
-        if timesteps is not None:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=self.device)
-        elif sigmas is not None:
-            self.scheduler.set_timesteps(sigmas=sigmas, device=self.device)
-        else:
-            self.scheduler.set_timesteps(steps, device=self.device)
-        times: Tensor = self.scheduler.timesteps
-        if denoising_end is not None and 0 < denoising_end < 1:
-            trained = self.scheduler.config.num_train_timesteps
-            cutoff = round(trained - denoising_end * trained)
-            times = times[: int((times >= cutoff).sum())]
-        return times
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return self.artifacts[0].json("scheduler.json")
+
+    def _scheduler(self, asked: Any) -> Any:
+        """The scheduler of a call.
+
+        Raises:
+            SdxlError: there is none of that name, or the artifact's own is not built in.
+        """
+        if asked is None:
+            return schedulers.make(self._settings) if self.scheduler is None else self.scheduler
+        if not isinstance(asked, str):
+            return asked
+        if asked not in self._named:
+            self._named[asked] = schedulers.make(self._settings, asked)
+        return self._named[asked]
 
     def _latents(
-        self, artifact: Artifact, count: int, dtype: torch.dtype, generator: Generators, given: Tensor | None
+        self,
+        artifact: Artifact,
+        count: int,
+        dtype: torch.dtype,
+        generator: Generators,
+        given: Tensor | None,
+        image: Any,
     ) -> Tensor:
-        """Start noise (N, C, h, w): drawn as diffusers' ``randn_tensor`` draws it, or given, and scaled."""
-        from runtimes.noise import randn
-
+        """Unit start noise (N, C, h, w), drawn as diffusers' ``randn_tensor`` draws it; a picture's; or given."""
         config, (width, height) = artifact.manifest.pipeline, artifact.size
         factor = config.vae_scale_factor
         shape = (count, config.latent_channels, height // factor, width // factor)
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"There are {len(generator)} generators for {count} images.")
-        if given is None:
+        if given is None and image is not None:
+            given = image_to_image.latents(artifact, image, count, generator, dtype)
+        elif given is None:
             given = randn(shape, generator, self.device, dtype)
         elif tuple(given.shape) != shape:
             raise ValueError(
                 f"latents have shape {tuple(given.shape)}; {count} images of {width}x{height} take {shape}."
             )
-        return given.to(device=self.device, dtype=dtype) * self.scheduler.init_noise_sigma
-
-    def _step_arguments(self, eta: float, generator: Generators) -> dict[str, Any]:
-        """What this scheduler's ``step`` takes besides noise, time and sample."""
-        taken = inspect.signature(self.scheduler.step).parameters
-        return {n: v for n, v in (("eta", eta), ("generator", generator)) if n in taken}
+        return given.to(device=self.device, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -321,6 +362,12 @@ def _rows(texts: str | list[str] | None, default: list[str], name: str) -> list[
     if len(texts) != len(default):
         raise ValueError(f"{name} has {len(texts)} texts for {len(default)} prompts.")
     return texts
+
+
+def _step_arguments(scheduler: Any, eta: float, generator: Generators) -> dict[str, Any]:
+    """What this scheduler's ``step`` takes besides noise, time and sample."""
+    taken = inspect.signature(scheduler.step).parameters
+    return {n: v for n, v in (("eta", eta), ("generator", generator)) if n in taken}
 
 
 def _refuse(arguments: dict[str, Any], callback_inputs: Sequence[str]) -> None:

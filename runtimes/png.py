@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from buildtool.store.manifest import Manifest
+from runtimes import schedulers
 from runtimes.jobs import Parameters
 
 CHUNK = "sdxl-build"
@@ -44,16 +45,18 @@ def encode(image: Image.Image, parameters: Parameters, manifest: Manifest) -> by
 
 def web_ui_text(parameters: Parameters, manifest: Manifest) -> str:
     """The prompt, the negative prompt if there is one, and a line of settings."""
-    p, scheduler = parameters, manifest.key.configs.get("scheduler", {})
+    p = parameters
+    scheduler = schedulers.settings_of(manifest.key.configs.get("scheduler", {}), p.scheduler)
     settings: dict[str, Any] = {
         "Steps": p.steps,
-        "Sampler": "Euler",
-        "Schedule type": _schedule(scheduler),
+        "Sampler": schedulers.SCHEDULERS[p.scheduler].sampler,
+        "Schedule type": _schedule(p.scheduler, scheduler),
         "CFG scale": f"{p.guidance:g}",
         "Seed": p.seed,
         "Size": f"{p.width}x{p.height}",
         "Model": manifest.key.model,
         "Guidance until": f"{p.guidance_until:g}" if p.guidance_until < 1 else None,
+        "Denoising strength": None if p.strength is None else f"{p.strength:g}",
         "Artifact": manifest.key_digest[:12],
     }
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)
@@ -61,7 +64,10 @@ def web_ui_text(parameters: Parameters, manifest: Manifest) -> str:
     return "\n".join([p.prompt, *negative, line])
 
 
-def _schedule(scheduler: dict[str, Any]) -> str | None:
+def _schedule(name: str, scheduler: dict[str, Any]) -> str | None:
+    """The law of the noise levels, of those schedulers that have one."""
+    if not name.startswith(("euler", "dpmpp")) or name.startswith("euler-a"):
+        return None
     if scheduler.get("use_karras_sigmas"):
         return "Karras"
     return "Exponential" if scheduler.get("use_exponential_sigmas") else None

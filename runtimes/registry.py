@@ -8,6 +8,7 @@ from runtimes.base import Loader
 LOADERS = {
     "onnx_session": "runtimes.onnx_session:OnnxSessionLoader",
     "torch_package": "runtimes.torch_package:TorchPackageLoader",
+    "trt_engine": "runtimes.trt_engine:TrtEngineLoader",
 }
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
-from runtimes import names, timeline
+from runtimes import names, schedulers, timeline
 from runtimes.jobs import Job, Parameters
 
 Size = tuple[int, int]
@@ -53,7 +53,8 @@ class Planner:
         its own seed, counting starts anew.
 
         Raises:
-            SdxlError: a size that no artifact makes, a wrong pattern, a folder that can't be written to.
+            SdxlError: a size that no artifact makes, a model's scheduler that is not built in, a wrong pattern,
+                a folder that can't be written to.
         """
         before = self._count
         try:
@@ -78,6 +79,7 @@ class Planner:
             width, height = self._size(self._options.width, self._options.height)
         else:
             width, height = self._size(job.width, job.height)
+        image = first("image")
         for i in range(first("num_images")):
             parameters = Parameters(
                 prompt=job.prompt,
@@ -88,11 +90,21 @@ class Planner:
                 steps=first("steps"),
                 guidance=first("guidance"),
                 guidance_until=first("guidance_until"),
+                scheduler=first("scheduler") or schedulers.name_of(self._manifests[0].key.configs.get("scheduler", {})),
+                image=image,
+                strength=None if image is None else first("strength"),
             )
+            if parameters.image is not None:
+                from runtimes import starts
+
+                starts.check(parameters.image, self._manifest(width, height))
             fields = {**msgspec.to_builtins(parameters), "index": self._count}
             path = self._names.path(job.out, fields)
             yield Picture(index=self._count, path=path, parameters=parameters)
             self._count += 1
+
+    def _manifest(self, width: int, height: int) -> Manifest:
+        return next(m for m in self._manifests if (m.key.width, m.key.height) == (width, height))
 
     def _size(self, width: int | None, height: int | None) -> Size:
         """The first artifact's size that has the given width and height; None fits any."""
@@ -182,18 +194,31 @@ class Session:
         import torch
 
         p = group[0].parameters
-        output = self._pipeline(
-            [picture.parameters.prompt for picture in group],
+        start: dict[str, Any] = {}
+        if p.image is not None:
+            from runtimes import starts
+
+            start = {"image": starts.read(p.image), "strength": p.strength}
+        arguments: dict[str, Any] = dict(
             negative_prompt=None if p.negative_prompt is None else [p.negative_prompt] * len(group),
             width=p.width,
             height=p.height,
             num_inference_steps=p.steps,
             guidance_scale=p.guidance,
             guidance_until=p.guidance_until,
+            scheduler=p.scheduler,
             # On the CPU, so that a seed gives the same picture on every machine.
             generator=[torch.Generator("cpu").manual_seed(picture.parameters.seed) for picture in group],
             progress=progress,
+            **start,
         )
+        try:
+            output = self._pipeline([picture.parameters.prompt for picture in group], **arguments)
+        except torch.OutOfMemoryError as error:
+            from runtimes import gpu_upload
+
+            free, total = torch.cuda.mem_get_info(self._pipeline.device)
+            raise gpu_upload.out_of_memory("this picture", free, total) from error
         for name, value in self._pipeline.timings.items():
             self._add(name, value)
         self._steps += p.steps
@@ -226,10 +251,14 @@ def _same_call(a: Picture, b: Picture) -> bool:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes that this process held at most: ``process`` in main memory, ``cuda`` on the GPU through torch."""
+    """Bytes that this process held at most: ``process`` in main memory, ``cuda`` on the GPU, weights included."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        peak["cuda"] = torch.cuda.max_memory_allocated()
+        from runtimes import gpu_upload
+
+        peak["cuda"] = torch.cuda.max_memory_allocated() + gpu_upload.held_bytes()
+        tensorrt = sys.modules.get("runtimes.trt_engine")  # whose engines take memory by themselves
+        peak["cuda"] += tensorrt.held() if tensorrt is not None else 0
     return peak

@@ -119,6 +119,7 @@ def out_of_memory_told(what: str, device: torch.device) -> Iterator[None]:
 
 class TorchPackageLoader(Loader):
     name = "torch_package"
+    takes_weights = True
 
     def check_machine(self, folder: Path, manifest: Manifest, device: torch.device) -> None:
         built, here = manifest.key.toolchain["torch"], machine.torch_version().get("torch", "none")

@@ -65,9 +65,50 @@ def micro_onnx_artifact(sdxl_build: Builder, micro_model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def micro_encoder_artifact(sdxl_build: Builder, micro_model: Path, micro_artifact: Path) -> Path:
+    """The micro model with the VAE's encoder."""
+    return sdxl_build(str(micro_model), "--with-encoder")["path"]
+
+
+@pytest.fixture(scope="session")
+def micro_encoder_onnx_artifact(sdxl_build: Builder, micro_model: Path, micro_onnx_artifact: Path) -> Path:
+    """The same with the onnx backend."""
+    return sdxl_build(str(micro_model), "--with-encoder", backend="onnx")["path"]
+
+
+@pytest.fixture(scope="session")
+def tiny_trt_artifact(sdxl_build: Builder) -> Path:
+    """tiny for three GPUs that needn't be here, by TensorRT-RTX, fp16."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'sdxl-build[trt]'")
+    return sdxl_build("tiny", "--gpu", "sm86,sm89,sm120", backend="trt")["path"]
+
+
+@pytest.fixture(scope="session")
+def micro_trt_artifact(sdxl_build: Builder, micro_model: Path) -> Path:
+    """The micro model for the GPU that is here, with the TensorRT that is, fp32."""
+    if not machine.gpus():
+        pytest.skip("there is no GPU to run TensorRT on")
+    pytest.importorskip("onnx", reason="the trt backend is not installed: pip install 'sdxl-build[trt]'")
+    from buildtool.plan import Spec, plan
+    from buildtool.store.errors import SdxlError
+
+    try:
+        plan(Spec(backend="trt", model=str(micro_model)))
+    except SdxlError as error:
+        pytest.skip(f"TensorRT can't build for this machine's GPU: {error}")
+    return sdxl_build(str(micro_model), "--gpu", "auto", "--precision", "fp32", backend="trt")["path"]
+
+
+@pytest.fixture(scope="session")
 def tiny_artifact(sdxl_build: Builder) -> Path:
     """tiny at its own 256x256, batch 1, fp32, on the CPU."""
     return sdxl_build("tiny")["path"]
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder_artifact(sdxl_build: Builder, tiny_artifact: Path) -> Path:
+    """tiny at 256x256 with the VAE's encoder."""
+    return sdxl_build("tiny", "--with-encoder")["path"]
 
 
 @pytest.fixture(scope="session")

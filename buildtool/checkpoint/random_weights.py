@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from buildtool.checkpoint.configs import Config
 from buildtool.store.key import digest_of
@@ -60,30 +63,41 @@ def tensor(name: str, shape: tuple[int, ...], seed: int, dtype: str) -> torch.Te
     Weights have a standard deviation of 1/sqrt(fan in), so that activations keep their size; norms
     scale by about 1; biases are small.
     """
+    import numpy as np
     import torch
 
     mean, spread = _distribution(name, shape)
-    out = torch.empty(shape, dtype=getattr(torch, dtype))
-    flat = out.view(-1)
+    # An int32 is a uniform number in [-2^31, 2^31), whose standard deviation is 2^31 / sqrt(3).
+    scale = np.float32(spread * math.sqrt(3) / 2**31)
+    out = np.empty(math.prod(shape), dtype=dtype)
     words = hashlib.sha256(f"{VERSION}/{seed}/{name}".encode()).digest()
-    first, second = (int.from_bytes(words[i : i + 4], "little", signed=True) for i in (0, 4))
-    for start in range(0, flat.numel(), _CHUNK):
-        stop = min(start + _CHUNK, flat.numel())
-        bits = _hash(torch.arange(start, stop, dtype=torch.int32), first, second)
-        # An int32 is a uniform number in [-2^31, 2^31), whose standard deviation is 2^31 / sqrt(3).
-        flat[start:stop] = bits.to(torch.float32).mul_(spread * math.sqrt(3) / 2**31).add_(mean)
-    return out
+    first, second = (np.uint32(int.from_bytes(words[i : i + 4], "little")) for i in (0, 4))
+
+    def fill(start: int) -> None:
+        stop = min(start + _CHUNK, out.size)
+        bits = _hash(np.arange(start, stop, dtype=np.uint32), first, second).view(np.int32)
+        out[start:stop] = bits.astype(np.float32) * scale + np.float32(mean)
+
+    list(_threads().map(fill, range(0, out.size, _CHUNK)))
+    return torch.from_numpy(out).view(shape)
 
 
-def _hash(x: torch.Tensor, first: int, second: int) -> torch.Tensor:
-    """Mixes int32 counters in place, two rounds of multiply and xor-shift (after C. Wellons' lowbias32).
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """One thread a core, each alone on its chunk: torch's own threads would meet after every operation on it."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "random weights")
 
-    torch shifts int32 arithmetically; the masks make the shifts logical.
-    """
-    x.bitwise_xor_(first)
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
-    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).add_(second).mul_(0x846CA68B - 2**32)
-    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+def _hash(x: Any, first: Any, second: Any) -> Any:
+    """Mixes uint32 counters in place, two rounds of multiply and xor-shift (after C. Wellons' lowbias32)."""
+    x ^= first
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x += second
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

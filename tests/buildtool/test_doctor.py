@@ -167,7 +167,17 @@ def test_what_each_backend_would_need(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.backend("onnx").status == "ok" and "onnxruntime-gpu 1.24" in doctor.backend("onnx").detail
 
 
-@pytest.mark.parametrize("name", ["trt", "onediff"])
+def test_either_tensorrt_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = {"onnx": "1.20", "onnxscript": "0.7", "onnx-graphsurgeon": "0.6"}
+    for library in ({"tensorrt_rtx": "1.7"}, {"tensorrt": "11.4"}, {"tensorrt_rtx_cu12": "1.7"}):
+        installed = graphs | library
+        monkeypatch.setattr(machine, "versions", lambda *d, i=installed: {n: v for n, v in i.items() if n in d})
+        assert doctor.backend("trt").status == "ok"
+    monkeypatch.setattr(machine, "versions", lambda *d: {n: v for n, v in graphs.items() if n in d})
+    assert (doctor.backend("trt").status, doctor.backend("trt").hint) == ("warn", "pip install tensorrt_rtx")
+
+
+@pytest.mark.parametrize("name", ["onediff"])
 def test_a_backend_that_is_not_there_yet_is_never_called_ok(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for installed in ({}, {d: "1" for line in doctor.BACKENDS[name] for d in line}):
         monkeypatch.setattr(machine, "versions", lambda *dists, i=installed: {d: v for d, v in i.items() if d in dists})

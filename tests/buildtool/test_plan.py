@@ -21,7 +21,7 @@ def one(**changes: Any) -> Plan:
 def test_the_table_of_components_is_the_exporters() -> None:
     from exporters import sdxl
 
-    assert {c.name: c.source for c in sdxl.COMPONENTS} == plan.COMPONENTS
+    assert {c.name: c.source for c in sdxl.COMPONENTS} == plan.COMPONENTS | plan.ENCODER
     assert {c.name for c in sdxl.COMPONENTS if not c.sized} == set(plan.UNSIZED)
     assert {c.name for c in sdxl.COMPONENTS if not c.batched} == set(plan.UNSIZED)
 
@@ -49,6 +49,15 @@ def test_the_same_spec_gives_the_same_key() -> None:
 )
 def test_an_option_changes_its_ingredient(changes: dict[str, Any], ingredients: set[str]) -> None:
     assert differences(one().key, one(**changes).key).keys() == ingredients
+
+
+def test_an_encoder_is_in_the_key_and_leaves_all_other_code_as_it_is() -> None:
+    plain, other = one(), one(with_encoder=True)
+    assert differences(plain.key, other.key)["options.encoder"] == (None, True)
+    assert "encoder" not in plain.key.options and "--with-encoder" not in plain.command
+    assert other.code_keys.keys() - plain.code_keys.keys() == {"vae_encoder"}
+    assert all(other.code_keys[name] == key for name, key in plain.code_keys.items())
+    assert "--with-encoder" in other.command
 
 
 def test_another_vae_changes_weights_and_code_of_the_vae_alone() -> None:

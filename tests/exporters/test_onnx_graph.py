@@ -37,12 +37,12 @@ def load(path: Path) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_perturbing_any_single_tensor_gives_eagers_result(
-    component: str, micro_onnx_artifact: Path, micro_model: Path, tmp_path: Path
+    component: str, micro_encoder_onnx_artifact: Path, micro_model: Path, tmp_path: Path
 ) -> None:
     from runtimes.onnx_session import OnnxSessionEngine
 
-    shutil.copytree(micro_onnx_artifact, tmp_path / "artifact")  # hard links are copied
-    described = manifest.read(micro_onnx_artifact).components[component]
+    shutil.copytree(micro_encoder_onnx_artifact, tmp_path / "artifact")  # hard links are copied
+    described = manifest.read(micro_encoder_onnx_artifact).components[component]
     (form,) = list(described.variants.values())[-1:]
     file = tmp_path / "artifact" / described.weights
     file.chmod(0o644)
@@ -59,7 +59,7 @@ def test_perturbing_any_single_tensor_gives_eagers_result(
         path = tmp_path / "artifact" / form.file
         return OnnxSessionEngine(path, component, form, "CPUExecutionProvider", torch.device("cpu"))
 
-    perturbation.check(component, micro_onnx_artifact, micro_model, attach)
+    perturbation.check(component, micro_encoder_onnx_artifact, micro_model, attach)
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_a_folded_weight_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("device", "precision", "told"),
-    [("cuda:0", "fp16", "for the CPU so far; sm90 was asked for"), ("cpu", "fp16", "fp32 on a CPU, not in fp16")],
+    [("cuda:0", "bf16", "fp32 and fp16 on a GPU, not in bf16"), ("cpu", "fp16", "fp32 on a CPU, not in fp16")],
 )
 def test_what_is_not_built_is_told(device: str, precision: str, told: str) -> None:
     request = Request(width=64, height=64, batch=1, precision=precision, device=device, target="sm90")

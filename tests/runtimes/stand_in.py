@@ -12,7 +12,9 @@ from buildtool.store.key import KEY_VERSION, ArtifactKey
 from buildtool.store.manifest import Check, Component, FileEntry, Manifest, PipelineConfig, Variant
 
 
-def stand_in_manifest(width=64, height=64, batch=1, model="tiny", scheduler=None, code=b"code") -> Manifest:
+def stand_in_manifest(
+    width=64, height=64, batch=1, model="tiny", scheduler=None, code=b"code", encoder=False
+) -> Manifest:
     key = ArtifactKey(
         key_version=KEY_VERSION,
         backend="torch",
@@ -59,7 +61,7 @@ def stand_in_manifest(width=64, height=64, batch=1, model="tiny", scheduler=None
                 latents_std=None,
                 max_prompt_tokens=77,
             ),
-            components={"unet": unet},
+            components={"unet": unet, **({"vae_encoder": unet} if encoder else {})},
             files={"unet.cfg.pt2": FileEntry(size=len(code), sha256=hashlib.sha256(code).hexdigest())},
             digest="",
         )

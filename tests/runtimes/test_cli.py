@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import runtimes
@@ -95,6 +96,7 @@ def test_defaults_are_those_of_diffusers(run, loaded):
         "steps": 50,
         "guidance_scale": 5.0,
         "guidance_until": 1.0,
+        "scheduler": "euler",
         "seeds": [1],
     }
 
@@ -136,6 +138,56 @@ def test_settings_reach_the_pipeline(run, loaded):
     assert (call["guidance_scale"], call["guidance_until"], call["steps"]) == (1, 0.75, 9)
 
 
+def test_a_scheduler_reaches_the_pipeline_and_the_picture(run, loaded):
+    Path("p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "scheduler": "dpmpp-2m-karras"}\n')
+    _, out, _ = run("--prompts", "p.jsonl", "--seed", 1, "--scheduler", "euler-a")
+    assert [call["scheduler"] for call in loaded[0].calls] == ["euler-a", "dpmpp-2m-karras"]
+    first, second = (Image.open(name).info for name in out.split())
+    assert "Sampler: Euler a," in first["parameters"]
+    assert "Sampler: DPM++ 2M, Schedule type: Karras," in second["parameters"]
+    assert json.loads(second["sdxl-build"])["scheduler"] == "dpmpp-2m-karras"
+
+
+def test_the_models_own_scheduler_is_the_default_and_an_unknown_one_is_refused(run, loaded, tmp_path):
+    own = stand_in_artifact(tmp_path / "ddim", scheduler={"_class_name": "DDIMScheduler"})
+    other = stand_in_artifact(tmp_path / "unipc", scheduler={"_class_name": "UniPCMultistepScheduler"})
+    assert run("--prompt", "a", engines=[own])[0] == 0
+    assert loaded[0].calls[0]["scheduler"] == "ddim"
+    code, _, err = run("--prompt", "a", engines=[other])
+    assert code == 1 and len(loaded) == 1
+    assert "UniPCMultistepScheduler" in one_line(err) and "dpmpp-2m-karras" in err
+    assert run("--prompt", "a", "--scheduler", "euler", engines=[other])[0] == 0
+
+
+def test_a_picture_to_start_from_reaches_the_pipeline(run, loaded, tmp_path):
+    reads = stand_in_artifact(tmp_path / "reads", encoder=True)
+    Image.new("RGB", (10, 10), "red").save("start.png")
+    code, out, _ = run("--prompt", "a", "--seed", 1, "--image", "start.png", "--strength", 0.5, engines=[reads])
+    (call,) = loaded[0].calls
+    assert code == 0 and call["image"].size == (10, 10) and call["strength"] == 0.5
+    info = Image.open(out.strip()).info
+    assert "Denoising strength: 0.5," in info["parameters"]
+    own = json.loads(info["sdxl-build"])
+    assert (own["image"], own["strength"]) == ("start.png", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "words"),
+    [
+        ("none.png", True, "none.png does not exist"),
+        ("text.png", True, "text.png cannot be read"),
+        ("start.png", False, "no VAE encoder"),
+    ],
+)
+def test_what_cannot_be_started_from_is_one_line(run, loaded, tmp_path, name, encoder, words):
+    engine = stand_in_artifact(tmp_path / "other", encoder=encoder)
+    Image.new("RGB", (10, 10)).save("start.png")
+    Path("text.png").write_text("no picture")
+    code, out, err = run("--prompt", "a", "-q", "--image", name, engines=[engine])
+    assert (code, out) == (1, "") and words in one_line(err)
+    assert encoder or "--with-encoder" in err
+
+
 def test_out_patterns_and_names_that_come_twice(run):
     _, out, _ = run("--prompt", "A Fox", "--num-images", 2, "--seed", 1, "--out", "new/{prompt}-{index:02d}.png")
     assert out == "new/a-fox-00.png\nnew/a-fox-01.png\n"
@@ -159,6 +211,9 @@ def test_json_is_one_object(run, engine):
         "steps": 4,
         "guidance": 5.0,
         "guidance_until": 1.0,
+        "scheduler": "euler",
+        "image": None,
+        "strength": None,
     }
     assert list(answer["seconds"]) == ["load", "encode", "denoise", "decode", "save", "total"]
     assert answer["steps_per_second"] == 8.0 and answer["peak_memory_bytes"]["process"] > 10_000_000
@@ -350,6 +405,8 @@ def test_every_engine_needs_its_digest(run, loaded, engine, tmp_path):
         ("--prompt", "a", "--guidance", "nan"),
         ("--prompt", "a", "--guidance-until", "1.5"),
         ("--prompt", "a", "--num-images", "0"),
+        ("--prompt", "a", "--scheduler", "heun"),
+        ("--prompt", "a", "--strength", "1.5"),
         ("--prompt", "a", "--out", "fox.jpg"),
         ("--prompt", "a", "--out", "{sede}.png"),
         ("--prompt", "a", "--expect-digest", "123"),
@@ -517,3 +574,15 @@ def test_the_timeline_is_in_the_answer_and_shown_when_asked_for(run, loaded):
     assert all(0 <= span["start"] <= span["end"] for span in spans)
     assert "  import torch  " in err
     assert "import torch" not in run("--prompt", "a", "--seed", "2")[2]
+
+
+def test_a_full_gpu_is_one_line(run, loaded, monkeypatch):
+    def full(self, *_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+
+    monkeypatch.setattr(StandInPipeline, "__call__", full)
+    monkeypatch.setattr(StandInPipeline, "device", "cuda:0", raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000_000_000, 85_000_000_000))
+    code, out, err = run("--prompt", "a", "--seed", "1", "-q")
+    assert (code, out) == (1, "")
+    assert "no room for this picture: 1.00 GB of its 85.0 GB are free" in one_line(err) and "--vae tiny" in err

@@ -12,10 +12,10 @@ from buildtool.store.manifest import Check, TensorSpec, Variant
 from runtimes.base import Engine, EngineInputError
 
 pytestmark = pytest.mark.slow
-ARTIFACTS = {"torch": "micro_artifact", "onnx": "micro_onnx_artifact"}
+ARTIFACTS = {"torch": "micro_artifact", "onnx": "micro_onnx_artifact", "trt": "micro_trt_artifact"}
 
 
-@pytest.fixture(scope="module", params=ARTIFACTS)
+@pytest.fixture(scope="module", params=["torch", "onnx", pytest.param("trt", marks=pytest.mark.gpu)])
 def engine(request: pytest.FixtureRequest) -> Engine:
     return runtimes.load(request.getfixturevalue(ARTIFACTS[request.param])).artifacts[0].engine("unet", "nocfg")
 
@@ -23,7 +23,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 @pytest.fixture
 def inputs(engine: Engine) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {s.name: torch.randn(s.shape, generator=generator) for s in engine.inputs}
+    return {s.name: torch.randn(s.shape, generator=generator).to(engine.device) for s in engine.inputs}
 
 
 def test_right_inputs_run_and_outputs_are_as_described(engine: Engine, inputs: dict[str, Tensor]) -> None:
@@ -66,7 +66,7 @@ def test_strides_of_axes_of_one_do_not_matter(engine: Engine, inputs: dict[str, 
 
 
 def test_wrong_device(engine: Engine, inputs: dict[str, Tensor]) -> None:
-    with pytest.raises(EngineInputError, match="sample is on meta, the engine on cpu"):
+    with pytest.raises(EngineInputError, match=f"sample is on meta, the engine on {engine.device}"):
         engine(**{**inputs, "sample": inputs["sample"].to("meta")})
 
 

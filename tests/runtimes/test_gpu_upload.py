@@ -3,13 +3,14 @@
 import ctypes
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from buildtool.store.errors import SdxlError
 from runtimes import gpu_upload, timeline
-from runtimes.gpu_upload import CHUNK, Driver, DriverError, Uploads
+from runtimes.gpu_upload import CHUNK, Driver, Uploads
 
 
 class StandInCuda:
@@ -137,8 +138,12 @@ def test_device_memory_is_freed_with_the_last_reference(files: dict[str, Path]) 
     upload = uploads.take("long")
     address = upload.address
     assert address in cuda.blocks and "long" not in uploads
+    held = gpu_upload.held_bytes()
     del upload
-    assert address not in cuda.blocks
+    until = time.monotonic() + 10
+    while address in cuda.blocks and time.monotonic() < until:
+        time.sleep(0.01)  # the last reader is about to end
+    assert address not in cuda.blocks and gpu_upload.held_bytes() <= held - files["long"].stat().st_size
 
 
 def test_a_full_gpu_is_told_in_one_line_to_everyone_who_waits(files: dict[str, Path]) -> None:
@@ -162,8 +167,15 @@ def test_a_file_that_shrinks_meanwhile_is_no_upload(files: dict[str, Path], monk
 
 
 def test_a_failing_driver_is_not_waited_for_forever(files: dict[str, Path]) -> None:
-    with pytest.raises(DriverError, match="cuDeviceGet failed with CUDA error 101"):
+    with pytest.raises(SdxlError, match=r"cuDeviceGet failed with CUDA error 101\. .*doctor"):
         Uploads(files, 3, StandInCuda()).take("small")
+
+
+def test_a_gpu_without_room_for_a_context_is_told(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    full = StandInCuda()
+    monkeypatch.setattr(full, "cuDevicePrimaryCtxRetain", lambda context, device: gpu_upload.OUT_OF_MEMORY)
+    with pytest.raises(SdxlError, match=r"GPU 0 is full.*--gpu-index"):
+        Uploads(files, 0, full).take("small")
 
 
 def test_driver_frees_pinned_memory(files: dict[str, Path]) -> None:

@@ -25,8 +25,27 @@ def test_what_a_fixed_graph_cannot_serve_is_refused_by_name(micro: Pipeline, nam
 
 
 def test_an_unknown_argument_is_a_type_error(micro: Pipeline) -> None:
-    with pytest.raises(TypeError, match="strength"):
-        micro("a", strength=0.5)
+    with pytest.raises(TypeError, match="mask_image"):
+        micro("a", mask_image=0)
+
+
+def test_a_picture_needs_an_encoder(micro: Pipeline) -> None:
+    with pytest.raises(SdxlError, match="no VAE encoder") as caught:
+        micro("a", image=torch.zeros(1, 3, 64, 64))
+    assert caught.value.hint.endswith("--with-encoder")
+
+
+@pytest.mark.parametrize("arguments", [{"strength": 0.1}, {"denoising_start": 0.999}])
+def test_no_step_left_is_one_line(micro: Pipeline, arguments: dict[str, float]) -> None:
+    with pytest.raises(SdxlError, match="none of 5 steps is left"):
+        micro("a", image=torch.zeros(1, 4, 8, 8), num_inference_steps=5, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_scheduler_takes_what_its_class_takes(micro: Pipeline) -> None:
+    with pytest.raises(SdxlError, match="DDIM takes no sigmas"):
+        micro("a", scheduler="ddim", sigmas=[1.0, 0.0])
+    with pytest.raises(SdxlError, match="no scheduler 'heun'"):
+        micro("a", scheduler="heun")
 
 
 def test_a_callback_cannot_ask_for_conditions(micro: Pipeline) -> None:
@@ -52,6 +71,10 @@ def test_another_size_names_those_that_are_there_and_the_command(micro: Pipeline
         ({"prompt": "a", "generator": [torch.Generator(), torch.Generator()]}, "2 generators for 1 images"),
         ({"prompt": "a", "latents": torch.zeros(1, 4, 9, 9)}, "latents have shape"),
         ({"prompt": "a", "timesteps": [1], "sigmas": [1.0]}, "Only one"),
+        ({"prompt": "a", "strength": 1.5}, "strength is a fraction"),
+        ({"prompt": "a", "denoising_start": 0.5}, "denoising_start goes with image"),
+        ({"prompt": "a", "image": torch.zeros(1, 4, 9, 9), "strength": 1.0}, "image holds latents"),
+        ({"prompt": "a", "image": torch.zeros(2, 4, 8, 8), "strength": 1.0}, "2 pictures"),
     ],
 )
 def test_contradictions_are_told(micro: Pipeline, arguments: dict[str, object], words: str) -> None:
