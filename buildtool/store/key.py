@@ -99,5 +99,6 @@ def flatten(value: object, prefix: str = "") -> dict[str, Any]:
 def differences(a: object, b: object) -> dict[str, tuple[Any, Any]]:
     """Ingredients in which two keys differ: dotted name -> (a's value, b's value), None if absent."""
     left, right = flatten(a), flatten(b)
-    names = sorted(left.keys() | right.keys())
-    return {n: (left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)}
+    found = {n: (left.get(n), right.get(n)) for n in sorted(left.keys() | right.keys()) if left.get(n) != right.get(n)}
+    # An empty dictionary against one with entries: the entries say it all.
+    return {n: pair for n, pair in found.items() if not ({} in pair and any(o.startswith(f"{n}.") for o in found))}

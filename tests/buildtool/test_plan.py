@@ -53,7 +53,7 @@ def test_an_option_changes_its_ingredient(changes: dict[str, Any], ingredients: 
 
 def test_an_encoder_is_in_the_key_and_leaves_all_other_code_as_it_is() -> None:
     plain, other = one(), one(with_encoder=True)
-    assert differences(plain.key, other.key)["options.encoder"] == (None, True)
+    assert differences(plain.key, other.key) == {"options.encoder": (None, True)}
     assert "encoder" not in plain.key.options and "--with-encoder" not in plain.command
     assert other.code_keys.keys() - plain.code_keys.keys() == {"vae_encoder"}
     assert all(other.code_keys[name] == key for name, key in plain.code_keys.items())
