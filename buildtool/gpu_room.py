@@ -9,9 +9,9 @@ from exporters.base import Request
 
 GB = 1_000_000_000
 PROCESS_BYTES = 1 * GB
-"""A process on a GPU: its context, and the libraries' code and workspaces."""
+"""A process on a GPU: its context, and the libraries' code and workspaces. An estimate."""
 ACTIVATION_BYTES = 4 * GB
-"""fp32 eager of the UNet or the VAE for each megapixel and image."""
+"""fp32 eager of the UNet or the VAE for each megapixel and image. An estimate."""
 
 
 def reference_bytes(parameters: Mapping[str, int], request: Request) -> int:

@@ -266,34 +266,27 @@ def _unet_graph(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> G
     return Graph(UNetGraph(unet).eval(), sources)
 
 
-def _decoder_reference(config: Mapping[str, Any], tensors: Tensors, device: str) -> nn.Module:
-    vae = _diffusers_model(config)
-    load_weights(vae, tensors, str, device)
-    return VaeDecoderGraph(vae).eval()
+def _vae_reference(cls: type[nn.Module]) -> Callable[[Mapping[str, Any], Tensors, str], nn.Module]:
+    def reference(config: Mapping[str, Any], tensors: Tensors, device: str) -> nn.Module:
+        vae = _diffusers_model(config)
+        load_weights(vae, tensors, str, device)
+        return cls(vae).eval()
+
+    return reference
 
 
-def _decoder_graph(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Graph:
-    vae = _diffusers_model(config)
-    for half in ("encoder", "quant_conv"):  # the decoder's graph reads neither
-        if hasattr(vae, half):
-            setattr(vae, half, None)
-    fill_with_noise(vae, device, dtype)
-    return Graph(VaeDecoderGraph(vae).eval(), {f"model.{name}": (name,) for name in vae.state_dict()})
+def _vae_graph(cls: type[nn.Module], unread: tuple[str, ...]) -> Callable[[Mapping[str, Any], str, torch.dtype], Graph]:
+    """One half of a VAE; ``unread`` are the modules of the other."""
 
+    def graph(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Graph:
+        vae = _diffusers_model(config)
+        for module in unread:
+            if hasattr(vae, module):
+                setattr(vae, module, None)
+        fill_with_noise(vae, device, dtype)
+        return Graph(cls(vae).eval(), {f"model.{name}": (name,) for name in vae.state_dict()})
 
-def _encoder_reference(config: Mapping[str, Any], tensors: Tensors, device: str) -> nn.Module:
-    vae = _diffusers_model(config)
-    load_weights(vae, tensors, str, device)
-    return VaeEncoderGraph(vae).eval()
-
-
-def _encoder_graph(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Graph:
-    vae = _diffusers_model(config)
-    for half in ("decoder", "post_quant_conv"):  # the encoder's graph reads neither
-        if hasattr(vae, half):
-            setattr(vae, half, None)
-    fill_with_noise(vae, device, dtype)
-    return Graph(VaeEncoderGraph(vae).eval(), {f"model.{name}": (name,) for name in vae.state_dict()})
+    return graph
 
 
 COMPONENTS: tuple[Component, ...] = (
@@ -342,8 +335,8 @@ COMPONENTS: tuple[Component, ...] = (
         tolerance={"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2},
         inputs=_decoder_inputs,
         outputs=("sample",),
-        reference=_decoder_reference,
-        graph=_decoder_graph,
+        reference=_vae_reference(VaeDecoderGraph),
+        graph=_vae_graph(VaeDecoderGraph, unread=("encoder", "quant_conv")),
     ),
     Component(
         name="vae_encoder",
@@ -354,8 +347,8 @@ COMPONENTS: tuple[Component, ...] = (
         tolerance={"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2},
         inputs=_encoder_inputs,
         outputs=("moments",),
-        reference=_encoder_reference,
-        graph=_encoder_graph,
+        reference=_vae_reference(VaeEncoderGraph),
+        graph=_vae_graph(VaeEncoderGraph, unread=("decoder", "post_quant_conv")),
     ),
 )
 

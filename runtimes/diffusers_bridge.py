@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import runtimes
 from buildtool.store.errors import SdxlError
+from runtimes import images
 from runtimes.artifact import Artifact
 
 
@@ -145,17 +146,12 @@ class _Decoder:
         self._artifact = artifact
 
     def __call__(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
-        engine, batch = self._artifact.engine("vae_decoder"), self._artifact.batch
+        engine = self._artifact.engine("vae_decoder")
         want = engine.inputs[0]
         if tuple(z.shape[1:]) != want.shape[1:]:
             width, height = self._artifact.size
             raise SdxlError(f"The artifact makes {width}x{height}; the pipeline asks for latents {tuple(z.shape)}.")
-        made = []
-        for part in torch.split(z.to(getattr(torch, want.dtype)), batch):
-            count = part.shape[0]
-            full = torch.cat([part, part[-1:].expand(batch - count, *part.shape[1:])]).contiguous()
-            made.append(engine(latents=full)[0][:count].clone())
-        pixels = torch.cat(made).to(z.dtype)
+        pixels = images.in_batches(engine, z.to(getattr(torch, want.dtype))).to(z.dtype)
         if not return_dict:
             return (pixels,)
         from diffusers.models.autoencoders.vae import DecoderOutput

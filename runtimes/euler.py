@@ -6,14 +6,14 @@ kernel as an argument, so a step neither copies nor waits.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 
 from buildtool.store.errors import SdxlError
 from runtimes.noise import Generators, randn
-from runtimes.schedulers.common import Config, karras, no_integer, spaced, timesteps_of
+from runtimes.schedulers.common import Config, Step, karras, no_integer, spaced, timesteps_of
 from runtimes.schedulers.sigmas import SigmaScheduler
 
 
@@ -31,11 +31,6 @@ class EulerConfig(Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
     @property
     def timesteps_are_log_sigmas(self) -> bool:
         return self.timestep_type == "continuous" and self.prediction_type == "v_prediction"
-
-
-class EulerStep(NamedTuple):
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor
 
 
 class EulerDiscrete(SigmaScheduler):
@@ -118,7 +113,7 @@ class EulerDiscrete(SigmaScheduler):
         s_noise: float = 1.0,
         generator: Generators = None,
         return_dict: bool = True,
-    ) -> EulerStep:
+    ) -> Step:
         """From one noise level to the next (Karras et al. 2022, algorithm 2, first order).
 
         Computes in float32 and returns ``prev_sample`` in the model output's dtype. ``return_dict``
@@ -144,4 +139,4 @@ class EulerDiscrete(SigmaScheduler):
         derivative = (sample - original) / sigma_hat
         prev_sample = sample + derivative * (self.sigmas[i + 1] - sigma_hat)
         self._step_index = i + 1
-        return EulerStep(prev_sample.to(model_output.dtype), original)
+        return Step(prev_sample.to(model_output.dtype), original)

@@ -21,7 +21,7 @@ from runtimes import timeline
 CHUNK = 16 << 20
 """Bytes a thread reads and sends at a time."""
 THREADS = 8
-"""Readers at most. One thread copies about 5 GB/s from the page cache; the bus takes several of them."""
+"""Readers at most; with 8, an H100's UNet weights came in at 8.6 GB/s (benchmarks/RESULTS.md)."""
 
 OUT_OF_MEMORY = 2
 _PORTABLE = 1  # cuMemHostAlloc: pinned for every context

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtimes import noise
+from runtimes import images, noise
 from runtimes.artifact import Artifact
 
 
@@ -84,15 +84,9 @@ def latents(artifact: Artifact, image: Any, count: int, generator: noise.Generat
 
 def _moments(artifact: Artifact, pictures: Tensor) -> Tensor:
     """The encoder's answer, in chunks of the artifact's batch."""
-    engine, batch, answers = artifact.engine("vae_encoder"), artifact.batch, []
+    engine = artifact.engine("vae_encoder")
     dtype = getattr(torch, engine.inputs[0].dtype)
-    pictures = pictures.to(device=artifact.device, dtype=dtype)
-    for start in range(0, pictures.shape[0], batch):
-        part = pictures[start : start + batch]
-        count = part.shape[0]
-        full = torch.cat([part, part[-1:].expand(batch - count, *part.shape[1:])]).contiguous()
-        answers.append(engine(image=full)[0][:count].clone())
-    return torch.cat(answers)
+    return images.in_batches(engine, pictures.to(device=artifact.device, dtype=dtype))
 
 
 def _repeated(rows: Tensor, count: int) -> Tensor:

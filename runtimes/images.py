@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from runtimes.artifact import Artifact
+from runtimes.base import Engine
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -24,13 +25,17 @@ def decode(artifact: Artifact, latents: Tensor) -> Tensor:
         latents = latents * std / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor
-    batch, pictures = artifact.batch, []
-    for start in range(0, latents.shape[0], batch):
-        part = latents[start : start + batch]
+    return in_batches(engine, latents)
+
+
+def in_batches(engine: Engine, rows: Tensor) -> Tensor:
+    """Rows (N, …) through an engine of one input and one output, in chunks of its batch, the last one padded."""
+    want, made = engine.inputs[0], []
+    for part in torch.split(rows, want.shape[0]):
         count = part.shape[0]
-        full = torch.cat([part, part[-1:].expand(batch - count, *part.shape[1:])]).contiguous()
-        pictures.append(engine(latents=full)[0][:count].clone())
-    return torch.cat(pictures)
+        full = torch.cat([part, part[-1:].expand(want.shape[0] - count, *part.shape[1:])]).contiguous()
+        made.append(engine(**{want.name: full})[0][:count].clone())
+    return torch.cat(made)
 
 
 def postprocess(pixels: Tensor, output_type: OutputType) -> Any:

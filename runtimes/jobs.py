@@ -98,7 +98,9 @@ def read(path: Path) -> list[Job]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise SdxlError(f"The prompts file {path} does not exist.") from None
+        raise SdxlError(
+            f"The prompts file {path} does not exist.", "Give one with a prompt a line, or --prompt TEXT."
+        ) from None
     except UnicodeDecodeError as error:
         raise SdxlError(f"The prompts file {path} is not UTF-8 text (byte {error.start}).") from None
     except OSError as error:

@@ -12,7 +12,7 @@ def check(path: str, manifest: Manifest) -> None:
     SdxlError: there is no such file, or the artifact can't read pictures.
     """
     if not Path(path).is_file():
-        raise SdxlError(f"The picture {path} does not exist.")
+        raise SdxlError(f"The picture {path} does not exist.", "Give the file of a picture: --image photo.png")
     require_encoder(manifest)
 
 

@@ -6,7 +6,7 @@ GPU kernel as an argument, so a step neither copies nor waits.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -26,6 +26,14 @@ KNOWN = frozenset({
 })  # fmt: skip
 
 S = TypeVar("S", bound="Scheduler")
+
+
+class Step(NamedTuple):
+    """What a step gives, by diffusers' names: latents of the next noise level, and the clean ones it expects."""
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
 
 OTHER = "Pass a scheduler made with diffusers: Pipeline(..., scheduler=...)."
 

@@ -1,12 +1,12 @@
 """Denoising diffusion implicit models: the interface and numbers of ``DDIMScheduler`` (arXiv 2010.02502)."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 
 from runtimes.noise import Generators, randn
-from runtimes.schedulers.common import AlphaScheduler, Config, at_most_trained
+from runtimes.schedulers.common import AlphaScheduler, Config, Step, at_most_trained
 
 
 class DDIMConfig(Config, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -16,11 +16,6 @@ class DDIMConfig(Config, frozen=True, kw_only=True, forbid_unknown_fields=True):
     clip_sample: bool = True
     clip_sample_range: float = 1.0
     set_alpha_to_one: bool = True
-
-
-class DDIMStep(NamedTuple):
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor
 
 
 class DDIM(AlphaScheduler):
@@ -55,7 +50,7 @@ class DDIM(AlphaScheduler):
         eta: float = 0.0,
         generator: Generators = None,
         return_dict: bool = True,
-    ) -> DDIMStep:
+    ) -> Step:
         """From one timestep to the next (equation 12); ``eta`` from 0 to 1 is the share of fresh noise."""
         assert self.num_inference_steps is not None, "set_timesteps comes first"
         i = self._index(timestep)
@@ -74,4 +69,4 @@ class DDIM(AlphaScheduler):
             fresh = randn(model_output.shape, generator, model_output.device, model_output.dtype)
             prev_sample = prev_sample + deviation * fresh
         self._step_index = i + 1
-        return DDIMStep(prev_sample, original)
+        return Step(prev_sample, original)

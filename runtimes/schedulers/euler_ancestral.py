@@ -1,12 +1,12 @@
 """Euler's method with fresh noise in each step: the interface and numbers of ``EulerAncestralDiscreteScheduler``."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 
 from runtimes.noise import Generators, randn
-from runtimes.schedulers.common import Config, no_integer, spaced
+from runtimes.schedulers.common import Config, Step, no_integer, spaced
 from runtimes.schedulers.sigmas import SigmaScheduler
 
 
@@ -14,11 +14,6 @@ class EulerAncestralConfig(Config, frozen=True, kw_only=True, forbid_unknown_fie
     """scheduler_config.json; names and defaults are diffusers'."""
 
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-
-
-class EulerAncestralStep(NamedTuple):
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor
 
 
 class EulerAncestral(SigmaScheduler):
@@ -43,7 +38,7 @@ class EulerAncestral(SigmaScheduler):
         sample: torch.Tensor,
         generator: Generators = None,
         return_dict: bool = True,
-    ) -> EulerAncestralStep:
+    ) -> Step:
         """From one noise level to the next, by way of a lower one and noise drawn with ``generator``.
 
         Computes in float32 and returns ``prev_sample`` in the model output's dtype.
@@ -63,4 +58,4 @@ class EulerAncestral(SigmaScheduler):
         noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
         prev_sample = prev_sample + noise * sigma_up
         self._step_index = i + 1
-        return EulerAncestralStep(prev_sample.to(model_output.dtype), original)
+        return Step(prev_sample.to(model_output.dtype), original)
