@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporters import attention, clip
+from exporters import clip, fusion
 from exporters.base import ExportError, Request, TensorSpec
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,6 +36,16 @@ class UNetGraph(nn.Module):
             sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False
         )[0]
         return (noise.contiguous(),)
+
+
+class JoinedUNetGraph(UNetGraph):
+    """The same for a UNet whose :mod:`products are joined <exporters.fusion>`."""
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
+    ) -> tuple[Tensor, ...]:
+        keys_and_values = self.model.to_kv(encoder_hidden_states)  # type: ignore[operator]
+        return super().forward(sample, timestep, keys_and_values, text_embeds, time_ids)
 
 
 class VaeDecoderGraph(nn.Module):
@@ -261,9 +271,9 @@ def _unet_reference(config: Mapping[str, Any], tensors: Tensors, device: str) ->
 
 def _unet_graph(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Graph:
     unet = fill_with_noise(_diffusers_model(config), device, dtype)
-    joined = attention.fuse(unet)
+    joined = {**fusion.join_attention(unet), **fusion.join_time_projections(unet)}
     sources = {f"model.{name}": joined.get(name, (name,)) for name in unet.state_dict()}
-    return Graph(UNetGraph(unet).eval(), sources)
+    return Graph(JoinedUNetGraph(unet).eval(), sources)
 
 
 def _vae_reference(cls: type[nn.Module]) -> Callable[[Mapping[str, Any], Tensors, str], nn.Module]:

@@ -135,14 +135,13 @@ def _compile(program: torch.export.ExportedProgram, file: Path, request: Request
 def _slim(file: Path) -> None:
     """Leaves in a package what is needed to run it, in place: no sources, no symbols, compressed.
 
-    That is a tenth of its bytes, and it loads as fast: the loader unpacks it anyway.
+    That is a tenth of its bytes, and it loads as fast: the loader unpacks it anyway. Sources are left as empty files:
+    the loader of torch 2.11 finds the metadata by their names.
     """
     slim = file.with_suffix(".slim")
     with zipfile.ZipFile(file) as package, zipfile.ZipFile(slim, "w", zipfile.ZIP_DEFLATED) as kept:
         for entry in package.infolist():
-            if entry.filename.endswith(".cpp"):
-                continue
-            data = package.read(entry)
+            data = b"" if entry.filename.endswith(".cpp") else package.read(entry)
             if entry.filename.endswith(".so"):
                 data = _without_symbols(data, file.parent)
             # A fixed date: the same code gives the same bytes.

@@ -24,7 +24,8 @@ class GraphPool:
     _pools: dict[torch.device, "GraphPool"] = {}  # noqa: RUF012
 
     def __init__(self, device: torch.device) -> None:
-        self.handle = torch.cuda.graph_pool_handle()
+        self.memory = torch.cuda.MemPool()
+        self.handle = self.memory.id
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -89,7 +90,8 @@ class GraphedCall:
             static.copy_(given)
         # Once without recording: libraries load their kernels, choose algorithms and take workspaces.
         pool.stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(pool.stream):
+        # What it computes lies in the pool already, or a second resolution's first call would need as much again.
+        with torch.cuda.stream(pool.stream), torch.cuda.use_mem_pool(pool.memory):
             self._run()
         pool.stream.synchronize()
         graph = torch.cuda.CUDAGraph()

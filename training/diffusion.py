@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from training.sheet import write_sheet
 from training.text import encode_text
 
 DROP_PROMPT = 0.08  # to zeros, which is what the pipeline takes for no prompt
+TEXT_RATE = 3 / 8  # of the UNet's learning rate
 EMPTY_PROMPT = 0.03  # to the encoded empty text, which is what an empty negative prompt is
 OFFSET_NOISE = 0.06  # noise shared by a whole channel, so that the model doesn't read brightness off the noise's mean
 SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023)
@@ -102,7 +104,32 @@ def denoising_loss(
 
 
 def train_unet(parts: Parts, plan: Plan, out: Path, log: Logbook, device: torch.device) -> None:
-    """The UNet and both text encoders, on the pool of drawn scenes."""
+    """The UNet and both text encoders, on a pool of drawn scenes: with captions that are right, then with doubt."""
+
+    @functools.cache
+    def pool() -> Latents:
+        def say(done: int) -> None:
+            log.write("unet", encoded=done)
+
+        return Latents(parts, plan, plan.pool, plan.seed + 2, device, spoil=False, say=say)
+
+    _train_unet("unet", plan.unet_steps, plan.unet_lr, 0.0, pool, parts, plan, out, log, device)
+    _train_unet("doubt", plan.doubt_steps, plan.doubt_lr, plan.wrong_captions, pool, parts, plan, out, log, device)
+
+
+def _train_unet(
+    stage: str,
+    steps: int,
+    rate: float,
+    wrong: float,
+    pool: Callable[[], Latents],
+    parts: Parts,
+    plan: Plan,
+    out: Path,
+    log: Logbook,
+    device: torch.device,
+) -> None:
+    """One stage of it, with a share of captions that is wrong; the text encoders learn more slowly."""
     alphas = noise_table(device)
 
     def loss_of(live: dict[str, Any], inputs: Inputs) -> Tensor:
@@ -119,21 +146,14 @@ def train_unet(parts: Parts, plan: Plan, out: Path, log: Logbook, device: torch.
         return denoising_loss(live["unet"], latents, timesteps, alphas, states, added, OFFSET_NOISE, SNR_CAP)
 
     modules = {"unet": parts.unet, "text_encoder": parts.text_encoder, "text_encoder_2": parts.text_encoder_2}
-    rates = {"unet": plan.unet_lr, "text_encoder": plan.unet_text_lr, "text_encoder_2": plan.unet_text_lr}
-    learner = Learner("unet", modules, rates, loss_of, plan.unet_steps, plan, out, device)
+    rates = {"unet": rate, "text_encoder": rate * TEXT_RATE, "text_encoder_2": rate * TEXT_RATE}
+    learner = Learner(stage, modules, rates, loss_of, steps, plan, out, device)
     if not learner.done:
-        log.write("unet", start=learner.start, steps=plan.unet_steps)
-        pool = Latents(
-            parts, plan, plan.pool, plan.seed + 2, device, spoil=False, say=lambda done: log.write("unet", encoded=done)
-        )
+        log.write(stage, start=learner.start, steps=steps)
+        latents = pool()
+        left = range(learner.start, steps)
         captions = Captions(
-            out / "model",
-            plan.seed + 2,
-            plan.pool,
-            plan.unet_batch,
-            range(learner.start, plan.unet_steps),
-            empty=EMPTY_PROMPT,
-            wrong=plan.wrong_captions,
+            out / "model", plan.seed + 2, plan.pool, plan.unet_batch, left, empty=EMPTY_PROMPT, wrong=wrong
         )
         total = torch.zeros((), device=device)
         words: Words
@@ -141,22 +161,23 @@ def train_unet(parts: Parts, plan: Plan, out: Path, log: Logbook, device: torch.
             total += learner(
                 step,
                 {
-                    "latents": pool(words.bucket, words.numbers.to(device)),
+                    "latents": latents(words.bucket, words.numbers.to(device)),
                     "ids": words.ids.to(device),
                     "ids_2": words.ids_2.to(device),
                     "sizes": words.sizes[:, :6].to(device),
                 },
             )
             if (step + 1) % plan.log_every == 0:
-                log.write("unet", step=step + 1, loss=total.item() / plan.log_every)
+                log.write(stage, step=step + 1, loss=total.item() / plan.log_every)
                 total.zero_()
-            if (step + 1) % plan.sheet_every == 0 or step + 1 == plan.unet_steps:
-                sample(parts, learner.average, plan, step + 1, out, log)
-        sample(parts, learner.average, plan, plan.unet_steps, out, log, guidance=1.0)
+            if (step + 1) % plan.sheet_every == 0 or step + 1 == steps:
+                sample(stage, parts, learner.average, plan, step + 1, out, log)
+        sample(stage, parts, learner.average, plan, steps, out, log, guidance=1.0)
     learner.finish()
 
 
 def sample(
+    stage: str,
     parts: Parts,
     average: dict[str, nn.Module],
     plan: Plan,
@@ -194,11 +215,11 @@ def sample(
 
     prompts = held_out_prompts(plan.score_prompts, seed=1)
     verdicts = score(draw_and_keep, prompts, batch=64)
-    name = f"unet-{step:06d}.png" if guidance > 1 else f"unet-{step:06d}-unguided.png"
+    name = f"{stage}-{step:06d}.png" if guidance > 1 else f"{stage}-{step:06d}-unguided.png"
     write_sheet(torch.stack([torch.tensor(picture) for picture in pictures[:32]]), out / "sheets" / name)
     (out / "sheets" / "unet-prompts.txt").write_text("\n".join(prompts[:32]) + "\n")
     table = shares(verdicts)
-    log.write("unet", step=step, guidance=guidance, **table)
+    log.write(stage, step=step, guidance=guidance, **table)
     return table["right"]
 
 

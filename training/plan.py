@@ -30,13 +30,13 @@ class Plan:
     unet_steps: int = 8_000
     unet_batch: int = 256
     unet_lr: float = 4e-4
-    unet_text_lr: float = 1.5e-4
-    # The share of the UNet's captions that is wrong. Captions of real pictures err, and that is what guidance is for:
-    # with a prompt alone the model draws what such a caption came with, now and then something else; guidance drives
-    # away from what comes with any caption, and leaves what comes with this one. With exact captions a model this small
-    # is as good without guidance. A fifth was too much: after 6,000 steps 71% of 48 held-out prompts were right with
-    # guidance 5, and 25% without. The weights that ship were trained with none; this value has not been run.
-    wrong_captions: float = 0.03
+    # Then a short stage in which a share of the captions is wrong. Captions of real pictures err, and that is what
+    # guidance is for: with a prompt alone the model draws what such a caption came with, now and then something else;
+    # guidance drives away from what comes with any caption, and leaves what comes with this one. With exact captions a
+    # model this small is as good without guidance.
+    doubt_steps: int = 1_200
+    doubt_lr: float = 2e-4
+    wrong_captions: float = 0.04
     ema: float = 0.998
     sheet_every: int = 4_000
     score_prompts: int = 48
@@ -63,6 +63,7 @@ SMOKE = Plan(
     text_batch=4,
     unet_steps=3,
     unet_batch=2,
+    doubt_steps=2,
     sheet_every=2,
     score_prompts=2,
     refiner_pool=20,

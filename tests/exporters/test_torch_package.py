@@ -45,7 +45,9 @@ def test_packages_hold_what_runs_and_nothing_else(tiny_artifact: Path) -> None:
         with zipfile.ZipFile(path) as package:
             names = package.namelist()
             library = package.read(next(name for name in names if name.endswith(".so")))
-        assert not [name for name in names if name.endswith((".cpp", ".o"))]
+            sources = [package.getinfo(name).file_size for name in names if name.endswith(".cpp")]
+        assert sources and not any(sources)  # torch 2.11 finds the metadata by their names
+        assert not [name for name in names if name.endswith(".o")]
         assert b"libstdc++.so" in library and b".debug_info" not in library and b"\0.symtab\0" not in library
         assert path.stat().st_size < 1e6, path.name  # 4.6 MB with sources and symbols, uncompressed
 
