@@ -230,7 +230,7 @@ def prune(store: Store, *, older_than: str | None = None, dry_run: bool = False)
 
 def pruned_as_dict(pruned: Pruned, dry_run: bool) -> Mapping[str, Any]:
     """For ``prune --json``."""
-    names = ("artifacts", "code", "blobs", "staging")
+    names = ("artifacts", "code", "blobs", "staging", "kernels")
     return {
         "dry_run": dry_run,
         **{name: [str(path) for path in getattr(pruned, name)] for name in names},

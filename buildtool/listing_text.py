@@ -139,7 +139,7 @@ def render_verify(result: Verified) -> str:
 def render_prune(pruned: Pruned, dry_run: bool) -> str:
     """A line for each thing that goes, and what that frees."""
     named = [("artifact", pruned.artifacts), ("code", pruned.code), ("weights", pruned.blobs)]
-    named.append(("unfinished build", pruned.staging))
+    named += [("unfinished build", pruned.staging), ("compiled kernels", pruned.kernels)]
     verb = "Would remove" if dry_run else "Removed"
     lines = [f"{verb} {what} {path}" for what, paths in named for path in paths]
     lines += [f"Left alone: {problem} To remove it: rm -r '{path}'" for path, problem in pruned.damaged]

@@ -56,13 +56,16 @@ class OnnxSessionEngine(Engine):
             unwanted.append("ConstantFolding")
         try:
             self._session = ort.InferenceSession(
-                str(path), options, providers=[(provider, settings)], disabled_optimizers=unwanted
+                str(path),
+                options,
+                providers=[(provider, settings)],
+                disabled_optimizers=unwanted,
+                enable_fallback=0,  # it would try other providers, print that to stdout and raise their error
             )
         except Exception as error:  # its exceptions have no base of their own
             first = str(error).partition("\n")[0].rstrip(".")
             raise SdxlError(
-                f"onnxruntime {ort.__version__} can't load {path}: {first}.",
-                "If it is older than the graph's operators: pip install -U onnxruntime",
+                f"onnxruntime {ort.__version__} can't load {path}: {first}.", _advice(ort, provider)
             ) from error
         if self._session.get_providers()[0] != provider:
             raise SdxlError(
@@ -89,6 +92,22 @@ class OnnxSessionEngine(Engine):
 
 def _buffer(spec: TensorSpec, device: torch.device) -> Tensor:
     return torch.empty_strided(spec.shape, spec.stride, dtype=getattr(torch, spec.dtype), device=device)
+
+
+def _advice(ort: Any, provider: str) -> str:
+    """What to try where a graph doesn't load.
+
+    The CUDA provider uses the CUDA libraries that torch has loaded; with others than those it was built for it
+    doesn't start, and then every node is left to the CPU.
+    """
+    wanted, there = str(getattr(ort, "cuda_version", "") or ""), str(torch.version.cuda or "")
+    if provider == "CUDAExecutionProvider" and wanted.partition(".")[0] != there.partition(".")[0]:
+        return (
+            f"It was built for CUDA {wanted or 'none'}, torch for CUDA {there or 'none'}: install the two for one CUDA."
+        )
+    return "If it is older than the graph's operators: pip install -U onnxruntime" + (
+        "-gpu" if provider == "CUDAExecutionProvider" else ""
+    )
 
 
 def _onnxruntime(provider: str) -> Any:

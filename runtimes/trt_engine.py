@@ -283,7 +283,9 @@ class TrtEngineLoader(Loader):
 
     def check_machine(self, folder: Path, manifest: Manifest, device: torch.device) -> None:
         flavor = _flavor(folder, manifest)
-        library = trt_library.load(flavor, trt_library.built_with(flavor, manifest.key.toolchain))
+        library = trt_library.load(
+            flavor, trt_library.built_with(flavor, manifest.key.toolchain), again=rebuild_hint(manifest)
+        )
         major, minor = torch.cuda.get_device_capability(device)
         here, name, key = f"sm{major}{minor}", gpu_name(device), manifest.key
         level = key.options.get("compatibility", "none")

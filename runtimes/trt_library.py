@@ -36,11 +36,12 @@ def built_with(flavor: Flavor, toolchain: dict[str, str]) -> tuple[str, str]:
     return next(((name, toolchain[name]) for name in flavor.distributions if name in toolchain), ("", ""))
 
 
-def load(flavor: Flavor, built: tuple[str, str]) -> Any:
+def load(flavor: Flavor, built: tuple[str, str], again: str = "") -> Any:
     """The library, in the version that built an artifact: engines run with no other.
 
     Args:
         built: the package and the version, from :func:`built_with`.
+        again: how to build with the version that is here.
 
     Raises:
         SdxlError: it isn't installed, is another version, or doesn't start.
@@ -62,7 +63,7 @@ def load(flavor: Flavor, built: tuple[str, str]) -> Any:
         raise SdxlError(
             f"The artifact was built with {flavor.title} {version}; {here} is installed here, and engines run only "
             "with the version that built them.",
-            f"{install}, or build it again.",
+            f"{install}. {again}".rstrip(),
         )
     return library
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
@@ -17,6 +18,9 @@ CODE = "code"
 LOCKS = "locks"
 STAGING = "staging"
 LOCK = ".lock"
+KERNELS = r"\.jit(\.\d+)?$"
+"""Ending of the files beside an artifact's folder in which runs keep what TensorRT-RTX compiled for their card; with
+a process's number where it was killed while it wrote one."""
 RESERVED = frozenset({"blobs", CODE, LOCKS, STAGING})
 """Folders of the store that a model's name must not take."""
 
@@ -32,6 +36,8 @@ class Pruned(msgspec.Struct, kw_only=True):
     """Weights of no artifact that stays."""
     staging: list[Path] = []
     """Left by builds that were killed, or by a replacement that was interrupted."""
+    kernels: list[Path] = []
+    """Compiled by runs of artifacts that are gone."""
     damaged: list[tuple[Path, str]] = []
     """Artifacts that are left alone although no build will use them, and what is wrong with each."""
     bytes: int = 0
@@ -39,7 +45,7 @@ class Pruned(msgspec.Struct, kw_only=True):
 
     @property
     def removed(self) -> list[Path]:
-        return [*self.artifacts, *self.code, *self.blobs, *self.staging]
+        return [*self.artifacts, *self.code, *self.blobs, *self.staging, *self.kernels]
 
 
 def _folders(place: Path) -> list[Path]:
@@ -63,6 +69,21 @@ def artifact_folders(base: Path) -> Iterator[Path]:
                     yield folder
                 elif not os.path.lexists(usual := folder.with_name(folder.name.removesuffix(files.ASIDE))):
                     yield files.recover(usual)
+
+
+def _kernels(base: Path, gone: Iterable[Path]) -> list[Path]:
+    """Compiled kernels, ``<artifact>.<engine>.<GPU>.<version>.jit``, whose artifact isn't there or goes too."""
+    doomed = set(gone)
+    found = []
+    for place in (target for model in _folders(base) if model.name not in RESERVED for target in _folders(model)):
+        # One that is damaged, or aside, may come back; no artifact's name has a dot in it.
+        stay = {folder.name.partition(".")[0] for folder in _folders(place) if folder not in doomed}
+        found += [
+            place / name
+            for name in sorted(_names(place))
+            if re.search(KERNELS, name) and name.lstrip(".").partition(".")[0] not in stay
+        ]
+    return found
 
 
 def _asides(base: Path) -> list[Path]:
@@ -144,6 +165,7 @@ def plan(base: Path, older_than: float | None) -> Pruned:
     found.staging = [a for a in asides if os.path.lexists(a.with_name(a.name.removesuffix(files.ASIDE)))]
     found.code = [f for f in _folders(base / CODE) if f.name not in code and f not in asides]
     found.blobs = [base / BLOBS / name for name in sorted(_names(base / BLOBS)) if name not in blobs]
+    found.kernels = _kernels(base, found.artifacts)
     for folder, lock in _abandoned(base / STAGING):
         found.staging.append(folder)
         if lock is not None:
@@ -183,7 +205,7 @@ def carry_out(base: Path, planned: Pruned) -> None:
             doomed = folder
         files.remove(doomed)
         files.remove(files.aside_of(folder))
-    for path in [*planned.blobs, *planned.staging]:
+    for path in [*planned.blobs, *planned.staging, *planned.kernels]:
         files.remove(path)
     clean_staging(base / STAGING)
     for name in _names(base / LOCKS):

@@ -2,6 +2,7 @@
 
 import types
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -49,9 +50,45 @@ def test_a_missing_library_is_told_with_its_pip_line(monkeypatch: pytest.MonkeyP
         OnnxSessionLoader().check_machine(Path("a"), naming("CPUExecutionProvider"), CPU)
 
 
-def test_a_file_that_is_no_graph_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_no_graph_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     (tmp_path / "unet.onnx").write_bytes(b"no graph")
     form = stand_in_manifest().components["unet"].variants["cfg"]
     with pytest.raises(SdxlError, match=r"can't load .*unet\.onnx"):
         OnnxSessionEngine(tmp_path / "unet.onnx", "unet.cfg", form, "CPUExecutionProvider", CPU)
+    assert capsys.readouterr().out == ""  # stdout is for paths
+
+
+@pytest.mark.parametrize(
+    ("torchs", "told"),
+    [
+        ("13.0", r"only the CPU. It was built for CUDA 12\.8, torch for CUDA 13\.0: install the two for one CUDA\."),
+        (None, r"only the CPU. It was built for CUDA 12\.8, torch for CUDA none: install the two for one CUDA\."),
+        ("12.6", r"only the CPU. If it is older than the graph's operators: pip install -U onnxruntime-gpu"),
+    ],
+)
+def test_cuda_libraries_that_are_not_the_providers_are_told(
+    torchs: str | None, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class Options:
+        def add_session_config_entry(self, name: str, value: str) -> None:
+            asked[name] = value
+
+    def session(path: str, options: Options, **words: Any) -> None:
+        asked.update(words)
+        raise RuntimeError("nodes are assigned to the default CPU EP; only the CPU.")
+
+    stand_in = types.SimpleNamespace(
+        SessionOptions=Options, InferenceSession=session, __version__="1.0", cuda_version="12.8"
+    )
+    monkeypatch.setattr(onnx_session.importlib, "import_module", lambda name: stand_in)
+    monkeypatch.setattr(torch.version, "cuda", torchs)
+    form = stand_in_manifest().components["unet"].variants["cfg"]
+    with pytest.raises(SdxlError, match=told):
+        OnnxSessionEngine(tmp_path / "unet.onnx", "unet.cfg", form, "CUDAExecutionProvider", torch.device("cuda:1"))
+    assert asked["enable_fallback"] == 0 and asked["session.disable_cpu_ep_fallback"] == "1"
+    assert asked["providers"] == [
+        ("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"})
+    ]

@@ -103,6 +103,23 @@ def test_what_killed_builds_left_goes_and_what_living_ones_write_stays(store: St
     assert list(store.staging.iterdir()) == []
 
 
+def test_kernels_go_with_the_artifact_whose_runs_compiled_them(store: Store, exporter: Any, standin: Any) -> None:
+    stays = exporter.build(standin.example_key(), created=days_ago(29))
+    goes = exporter.build(standin.example_key(width=128), created=days_ago(31))
+    gpu = "NVIDIA-GeForce-RTX-3090.1.7.1.116.jit"
+    kernels = {f: f.with_name(f"{f.name}.unet.cfg.{gpu}") for f in (stays, goes)}  # as runtimes.trt_cache names them
+    unfinished = goes.with_name(f".{kernels[goes].name}.4711")
+    foreign = goes.with_name("notes.txt")
+    for path in (*kernels.values(), unfinished, foreign):
+        path.write_bytes(b"compiled")
+
+    assert store.prune().kernels == []
+    pruned = store.prune(older_than=30)
+    assert sorted(pruned.kernels) == sorted([kernels[goes], unfinished])
+    assert kernels[stays].is_file() and foreign.is_file()
+    assert not kernels[goes].exists() and not unfinished.exists()
+
+
 def test_never_under_a_running_build(store: Store, standin: Any) -> None:
     for context in (store.building("ab" * 32), store.stage()):
         with context, pytest.raises(SdxlError, match="A build is running") as caught:
