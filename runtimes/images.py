@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from runtimes import tiling
 from runtimes.artifact import Artifact
 from runtimes.base import Engine
 
@@ -12,10 +13,26 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 
 
 def decode(artifact: Artifact, latents: Tensor) -> Tensor:
-    """Pixels (N, 3, H, W) in about -1…1 of the loop's latents (N, C, h, w), in chunks of the batch."""
+    """Pixels (N, 3, H, W) in about -1…1 of the loop's latents (N, C, h, w), in chunks of the batch.
+
+    Latents larger than the artifact's are decoded in tiles of its size.
+
+    Raises:
+        ValueError: not latents, or smaller than the artifact's in a direction.
+    """
     config = artifact.manifest.pipeline
     engine = artifact.engine("vae_decoder")
     want = engine.inputs[0]
+    tile = (want.shape[2], want.shape[3])
+    if (
+        latents.ndim != 4
+        or latents.shape[1] != want.shape[1]
+        or any(n < t for n, t in zip(latents.shape[2:], tile, strict=True))
+    ):
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}; this decoder takes (N, {want.shape[1]}, h, w) "
+            f"from {tile[0]}x{tile[1]} on."
+        )
     latents = latents.to(getattr(torch, want.dtype))
     if config.latents_mean is not None and config.latents_std is not None:
         mean, std = (
@@ -25,7 +42,9 @@ def decode(artifact: Artifact, latents: Tensor) -> Tensor:
         latents = latents * std / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor
-    return in_batches(engine, latents)
+    if tuple(latents.shape[2:]) == tile:
+        return in_batches(engine, latents)
+    return tiling.decode(lambda part: in_batches(engine, part), latents, tile, config.vae_scale_factor)
 
 
 def in_batches(engine: Engine, rows: Tensor) -> Tensor:

@@ -233,6 +233,25 @@ class Pipeline:
         self._clock.stop("decode")
         return PipelineOutput(made) if return_dict else (made,)
 
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, output_type: images.OutputType = "pil") -> Any:
+        """Pictures of the loop's latents (N, C, h, w), such as ``output_type="latent"`` gives.
+
+        Latents of a loaded size go through that artifact's decoder; larger ones through the first artifact's
+        that they are not smaller than, in overlapping tiles (diffusers' VAE tiling).
+
+        Raises:
+            ValueError: not latents, or smaller than every artifact's.
+        """
+        if output_type == "latent":
+            return latents
+        factor = self.artifacts[0].manifest.pipeline.vae_scale_factor
+        height, width = (n * factor for n in latents.shape[-2:])
+        fitting = [a for a in self.artifacts if a.size[0] <= width and a.size[1] <= height]
+        exact = [a for a in fitting if a.size == (width, height)]
+        artifact = (exact or fitting or list(self.artifacts))[0]
+        return images.postprocess(images.decode(artifact, latents.to(self.device)), output_type)
+
     def _artifact(self, height: int | None, width: int | None) -> Artifact:
         """The artifact that makes a size; the first where none is asked for.
 
