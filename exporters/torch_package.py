@@ -81,7 +81,9 @@ class TorchExporter(Exporter):
         return VariantCode(
             file=file.name,
             inputs=tuple(spec_of(name, tensor) for name, tensor in inputs.items()),
-            outputs=tuple(spec_of(name, tensor) for name, tensor in zip(component.outputs, results, strict=True)),
+            outputs=tuple(
+                spec_of(name, tensor) for name, tensor in zip(component.outputs_of(variant), results, strict=True)
+            ),
             constants={name: name for name in parameters},
             tensors=layout.plan(parameters, graph.sources, renamed),
         )
