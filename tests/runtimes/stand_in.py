@@ -85,6 +85,7 @@ class StandInPipeline:
         self._manifests = {(m.key.width, m.key.height): m for m in read}
         self.calls = []
         self.timings = {}
+        self.unet_steps = {}
         self.before_call = lambda number: None
 
     @property
@@ -106,5 +107,6 @@ class StandInPipeline:
             for done in range(num_inference_steps):
                 progress(done + 1, num_inference_steps)
         self.timings = {"encode": 0.1, "denoise": 0.5, "decode": 0.2}
+        self.unet_steps = {"full": num_inference_steps, "shallow": 0}
         colours = [tuple(torch.randint(256, (3,), generator=each).tolist()) for each in generator]
         return SimpleNamespace(images=[Image.new("RGB", (width, height), colour) for colour in colours])
