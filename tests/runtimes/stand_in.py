@@ -13,7 +13,7 @@ from buildtool.store.manifest import Check, Component, FileEntry, Manifest, Pipe
 
 
 def stand_in_manifest(
-    width=64, height=64, batch=1, model="tiny", scheduler=None, code=b"code", encoder=False
+    width=64, height=64, batch=1, model="tiny", scheduler=None, code=b"code", encoder=False, options=None
 ) -> Manifest:
     key = ArtifactKey(
         key_version=KEY_VERSION,
@@ -31,7 +31,7 @@ def stand_in_manifest(
         batch=batch,
         precision="fp32",
         vae="default",
-        options={},
+        options=options or {},
         toolchain={"torch": "2.13.0"},
     )
     check = Check(status="passed", error={"sample": 0.0}, tolerance=1e-4, reason="")
