@@ -29,7 +29,7 @@ def freeu(text: str, unet: Mapping[str, Any]) -> dict[str, float]:
     if len(values) != len(FREEU) or not all(0 < value < math.inf for value in values):
         raise SdxlError(
             f"--freeu takes {','.join(FREEU)}, four numbers above 0; {text!r} was given.",
-            "SDXL's, as its authors give them: --freeu 0.9,0.2,1.3,1.4",
+            "For example: --freeu 0.6,0.4,1.1,1.2",
         )
     scaled = list(unet.get("up_block_types", ()))[:2]
     if len(scaled) < 2 or any(kind not in UP for kind in scaled):
