@@ -282,7 +282,7 @@ def _unet_reference(
 ) -> nn.Module:
     unet: Any = _diffusers_model(config)
     load_weights(unet, tensors, str, device)
-    if "freeu" in options and "deepcache" in options:
+    if "freeu" in options and "deepcache" in options:  # whose steps don't call diffusers' blocks, only what is in them
         freeu.enable(unet, options["freeu"])
     elif "freeu" in options:
         unet.enable_freeu(**options["freeu"])
