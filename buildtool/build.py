@@ -80,7 +80,8 @@ class _Build:
     def __init__(self, planned: Plan, store: Store, progress: Progress) -> None:
         self.planned, self.store, self.progress = planned, store, progress
         self.source, self.key = planned.source, planned.key
-        self.table = {row.name: row for row in sdxl.COMPONENTS if row.name in planned.code_keys}
+        names = [row.name for row in sdxl.COMPONENTS if row.name in planned.code_keys]
+        self.table = {name: sdxl.component(name, planned.key.options) for name in names}
         self.exporter = registry.exporter(planned.spec.backend)
         self.present = planned.target.device == "cpu" or gpu.usable(planned.target)
         self.row = registry.backend(planned.spec.backend)

@@ -137,10 +137,22 @@ _encoder_option = click.option(
     "--with-encoder", is_flag=True, help="The VAE's encoder too, for image to image (sdxl-run --image)."
 )
 
+_freeu_option = click.option(
+    "--freeu", metavar="S1,S2,B1,B2", help="FreeU inside the UNet, with the values of diffusers' enable_freeu."
+)
+_deepcache_option = click.option(
+    "--deepcache",
+    metavar="INTERVAL[:BRANCH]",
+    help="DeepCache: the whole UNet every INTERVAL steps, between them only what lies above skip connection BRANCH.  "
+    "[default branch: 0, the outermost]",
+)
+
 
 @main.command("torch")
 @_build_options
 @_encoder_option
+@_freeu_option
+@_deepcache_option
 def torch_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Builds AOTInductor packages (torch) for this machine's GPU or CPU.
 
@@ -152,6 +164,8 @@ def torch_command(dry_run: bool, as_json: bool, **options: Any) -> None:
 @main.command("onnx")
 @_build_options
 @_encoder_option
+@_freeu_option
+@_deepcache_option
 def onnx_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Builds ONNX graphs that ONNX Runtime runs, on a GPU (its CUDA provider) or on the CPU.
 
@@ -162,6 +176,7 @@ def onnx_command(dry_run: bool, as_json: bool, **options: Any) -> None:
 
 @main.command("trt")
 @_build_options
+@_freeu_option
 @click.option(
     "--flavor",
     type=click.Choice(["auto", "tensorrt", "rtx"]),

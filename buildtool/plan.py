@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from buildtool import gpu, models
+from buildtool import gpu, models, unet_options
 from buildtool.checkpoint.configs import vae_scale_factor
 from buildtool.progress import Progress
 from buildtool.store import machine
@@ -23,6 +23,9 @@ UNSIZED = ("text_encoder", "text_encoder_2")
 PRECISIONS = ("fp32", "fp16", "bf16")
 # Settings of a VAE's config that its graph doesn't read: fine-tunes that differ in them share code.
 NOT_COMPILED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size")
+
+NOT_IN_CODE = ("golden", "encoder", "freeu", "deepcache")
+"""Options that shape no component's code, or not every component's."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class Spec:
     vae: str = "default"
     with_encoder: bool = False
     """Whether the artifact has the VAE's encoder too, for image to image."""
+    freeu: str | None = None
+    """FreeU's ``s1,s2,b1,b2``."""
+    deepcache: str | None = None
+    """DeepCache's ``INTERVAL[:BRANCH]``."""
     artifacts: Path = Path("artifacts")
     force: bool = False
     flavor: str = "auto"
@@ -79,6 +86,8 @@ class Plan:
         words += ["--precision", self.key.precision]
         words += ["--vae", spec.vae] if spec.vae != "default" else []
         words += ["--with-encoder"] if spec.with_encoder else []
+        for option, value in (("--freeu", spec.freeu), ("--deepcache", spec.deepcache)):
+            words += [option, value] if value else []
         if "flavor" in self.key.options:
             words += ["--flavor", self.key.options["flavor"]]
             words += [] if spec.golden else ["--no-golden"]
@@ -184,6 +193,10 @@ def _plan(
         options |= {"golden": spec.golden, "compatibility": spec.compatibility}
     if spec.with_encoder:  # left out where it isn't, so that such artifacts keep their keys
         options["encoder"] = True
+    if spec.freeu is not None:
+        options["freeu"] = unet_options.freeu(spec.freeu, source.configs["unet"])
+    if spec.deepcache is not None:
+        options["deepcache"] = unet_options.deepcache(spec.deepcache, source.configs["unet"])
     gpu_name = target.gpu_name if row.tunes else "any"
     key = ArtifactKey(
         key_version=KEY_VERSION,
@@ -220,7 +233,8 @@ def _plan(
             height=height if sized else 0,
             batch=spec.batch if sized else 0,
             precision="fp32" if of == "vae" and upcast else precision,
-            options=_code_options(row, options, source.weights[of], of == "vae" and upcast),
+            options=_code_options(row, options, source.weights[of], of == "vae" and upcast)
+            | (_unet_code_options(options) if component == "unet" else {}),
             toolchain=toolchain,
         )
     return Plan(spec, source, target, width, height, key, codes)
@@ -229,8 +243,14 @@ def _plan(
 def _code_options(row: registry.Backend, options: Mapping[str, Any], weights: str, upcast: bool) -> dict[str, Any]:
     """What of the artifact's options shapes a component's code; with it the digest of weights that the code holds."""
     if row.weighted:
-        return {**{n: v for n, v in options.items() if n not in ("golden", "encoder")}, "weights": weights}
+        return {**{n: v for n, v in options.items() if n not in NOT_IN_CODE}, "weights": weights}
     return {n: v for n, v in options.items() if n == "tf32" and upcast}
+
+
+def _unet_code_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What of FreeU and DeepCache is compiled; how often the whole UNet runs is the runtime's business."""
+    made = {"freeu": options["freeu"]} if "freeu" in options else {}
+    return {**made, "deepcache": options["deepcache"]["branch"]} if "deepcache" in options else made
 
 
 def _toolchain(row: registry.Backend, target: gpu.Target) -> dict[str, str]:

@@ -93,7 +93,7 @@ def trace(component: Component, variant: str, configs: Configs, request: Request
         program,
         (),
         kwargs=inputs,
-        output_names=component.outputs,
+        output_names=component.outputs_of(variant),
         opset_version=OPSET,
         dynamo=True,
         optimize=False,
@@ -118,7 +118,7 @@ def trace(component: Component, variant: str, configs: Configs, request: Request
         node.doc_string = None
     model = onnx_ir.to_proto(exported.model)
     model.producer_name, model.producer_version = "sdxl-build", ""
-    return Network(model, inputs, dict(zip(component.outputs, results, strict=True)), plan)
+    return Network(model, inputs, dict(zip(component.outputs_of(variant), results, strict=True)), plan)
 
 
 def described(component: Component, configs: Configs, request: Request) -> tuple[nn.Module, dict[str, StoredTensor]]:

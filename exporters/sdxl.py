@@ -5,13 +5,14 @@ Every exporter reads this table; none has its own idea of a component.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from exporters import clip, fusion
+from exporters import clip, deepcache, freeu, fusion
 from exporters.base import ExportError, Request, TensorSpec
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -22,16 +23,29 @@ Tensors = Mapping[str, Tensor]
 
 
 class UNetGraph(nn.Module):
-    """The UNet with plain tensors in and out, as every backend compiles it."""
+    """The UNet with plain tensors in and out, as every backend compiles it.
 
-    def __init__(self, unet: nn.Module) -> None:
+    With a ``branch``, it gives the feature of :mod:`exporters.deepcache` too, or takes it and runs the layers above.
+    """
+
+    def __init__(self, unet: nn.Module, branch: int | None = None) -> None:
         super().__init__()
         self.model = unet
+        self.branch = branch
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        feature: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
+        if self.branch is not None:
+            made = deepcache.run(self.model, self.branch, sample, timestep, encoder_hidden_states, conditions, feature)
+            return tuple(tensor.contiguous() for tensor in made)
         noise: Tensor = self.model(
             sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False
         )[0]
@@ -42,10 +56,16 @@ class JoinedUNetGraph(UNetGraph):
     """The same for a UNet whose :mod:`products are joined <exporters.fusion>`."""
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        feature: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         keys_and_values = self.model.to_kv(encoder_hidden_states)  # type: ignore[operator]
-        return super().forward(sample, timestep, keys_and_values, text_embeds, time_ids)
+        return super().forward(sample, timestep, keys_and_values, text_embeds, time_ids, feature)
 
 
 class VaeDecoderGraph(nn.Module):
@@ -128,6 +148,10 @@ class Component:
         upcast = self.source == "vae" and configs["vae"].get("force_upcast", False)
         return "fp32" if upcast and request.precision == "fp16" else request.precision
 
+    def outputs_of(self, variant: str) -> tuple[str, ...]:
+        """The outputs' names of one variant: a shallow one has only the first."""
+        return self.outputs[:1] if variant.endswith(deepcache.SHALLOW) else self.outputs
+
 
 def spec(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSpec:
     """A contiguous tensor's spec."""
@@ -156,14 +180,20 @@ def _text_inputs(configs: Configs, request: Request, variant: str, dtype: torch.
 
 def _unet_inputs(configs: Configs, request: Request, variant: str, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
     unet = configs["unet"]
-    batch = request.batch * (2 if variant == "cfg" else 1)
+    batch = request.batch * (2 if variant.removesuffix(deepcache.SHALLOW) == "cfg" else 1)
     pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    latents = _latent_shape(configs, request, batch)
+    feature: tuple[TensorSpec, ...] = ()
+    if variant.endswith(deepcache.SHALLOW):
+        shape = deepcache.feature_shape(unet, request.options["deepcache"]["branch"], latents)
+        feature = (spec("feature", shape, dtype),)
     return (
-        spec("sample", _latent_shape(configs, request, batch), dtype),
+        spec("sample", latents, dtype),
         spec("timestep", (1,), torch.float32),
         spec("encoder_hidden_states", (batch, PROMPT_TOKENS, unet["cross_attention_dim"]), dtype),
         spec("text_embeds", (batch, pooled), dtype),
         spec("time_ids", (batch, 6), dtype),
+        *feature,
     )
 
 
@@ -263,17 +293,30 @@ def _text_graph(cls: type[nn.Module]) -> Callable[[Mapping[str, Any], str, torch
     return graph
 
 
-def _unet_reference(config: Mapping[str, Any], tensors: Tensors, device: str) -> nn.Module:
-    unet = _diffusers_model(config)
+def _unet_reference(
+    config: Mapping[str, Any], tensors: Tensors, device: str, options: Mapping[str, Any] = {}
+) -> nn.Module:
+    unet: Any = _diffusers_model(config)
     load_weights(unet, tensors, str, device)
-    return UNetGraph(unet).eval()
+    if "freeu" in options and "deepcache" in options:  # whose steps don't call diffusers' blocks, only what is in them
+        freeu.enable(unet, options["freeu"])
+    elif "freeu" in options:
+        unet.enable_freeu(**options["freeu"])
+    return UNetGraph(unet, _branch(options)).eval()
 
 
-def _unet_graph(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Graph:
+def _unet_graph(config: Mapping[str, Any], device: str, dtype: torch.dtype, options: Mapping[str, Any] = {}) -> Graph:
     unet = fill_with_noise(_diffusers_model(config), device, dtype)
     joined = {**fusion.join_attention(unet), **fusion.join_time_projections(unet)}
     sources = {f"model.{name}": joined.get(name, (name,)) for name in unet.state_dict()}
-    return Graph(JoinedUNetGraph(unet).eval(), sources)
+    if "freeu" in options:
+        freeu.enable(unet, options["freeu"])
+    return Graph(JoinedUNetGraph(unet, _branch(options)).eval(), sources)
+
+
+def _branch(options: Mapping[str, Any]) -> int | None:
+    branch: int | None = options.get("deepcache", {}).get("branch")
+    return branch
 
 
 def _vae_reference(cls: type[nn.Module]) -> Callable[[Mapping[str, Any], Tensors, str], nn.Module]:
@@ -363,8 +406,16 @@ COMPONENTS: tuple[Component, ...] = (
 )
 
 
-def component(name: str) -> Component:
-    return next(c for c in COMPONENTS if c.name == name)
+def component(name: str, options: Mapping[str, Any] = {}) -> Component:
+    """The row of a component, as an artifact's options (``freeu``, ``deepcache``) change it."""
+    row = next(c for c in COMPONENTS if c.name == name)
+    if name != "unet" or not options.keys() & {"freeu", "deepcache"}:
+        return row
+    row = replace(row, reference=partial(_unet_reference, options=options), graph=partial(_unet_graph, options=options))
+    if "deepcache" not in options:
+        return row
+    shallow = tuple(variant + deepcache.SHALLOW for variant in row.variants)
+    return replace(row, variants=row.variants + shallow, outputs=(*row.outputs, "feature"))
 
 
 def example_inputs(
@@ -416,7 +467,7 @@ def golden(component: Component, configs: Configs, tensors: Tensors, request: Re
             inputs = example_inputs(component, configs, request, variant)
             made.update({f"{prefix}.input.{name}": tensor.cpu() for name, tensor in inputs.items()})
             exact = {n: t.float() if t.is_floating_point() else t for n, t in inputs.items()}
-            for name, tensor in zip(component.outputs, reference(**exact), strict=True):
+            for name, tensor in zip(component.outputs_of(variant), reference(**exact), strict=True):
                 made[f"{prefix}.output.{name}"] = tensor.float().cpu().contiguous()
     return made
 

@@ -81,7 +81,9 @@ class TorchExporter(Exporter):
         return VariantCode(
             file=file.name,
             inputs=tuple(spec_of(name, tensor) for name, tensor in inputs.items()),
-            outputs=tuple(spec_of(name, tensor) for name, tensor in zip(component.outputs, results, strict=True)),
+            outputs=tuple(
+                spec_of(name, tensor) for name, tensor in zip(component.outputs_of(variant), results, strict=True)
+            ),
             constants={name: name for name in parameters},
             tensors=layout.plan(parameters, graph.sources, renamed),
         )
@@ -101,7 +103,7 @@ def _gpu_settings(request: Request) -> Iterator[None]:
 
 
 def _constants(program: torch.export.ExportedProgram, name: str) -> set[str]:
-    """The parameters that the graph reads.
+    """The parameters that the graph reads, without what leads to no output: Inductor drops that too.
 
     Code that is shared between checkpoints must take every value that could differ from its
     inputs, so a constant that is no parameter is refused.
@@ -110,6 +112,7 @@ def _constants(program: torch.export.ExportedProgram, name: str) -> set[str]:
     others = [*signature.inputs_to_buffers.values(), *signature.inputs_to_lifted_tensor_constants.values()]
     if others:
         raise RuntimeError(f"{name}: the graph holds constants that are no parameters: {others}")
+    program.graph.eliminate_dead_code()
     users = {node.name for node in program.graph.nodes if node.users}
     return {fqn for node, fqn in signature.inputs_to_parameters.items() if node in users}
 

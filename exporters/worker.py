@@ -31,13 +31,14 @@ def main(job: Path) -> int:
     from exporters import registry, sdxl
 
     try:
+        request = Request(**asked["request"])
         exporter = registry.exporter(asked["backend"])
         exporter.progress = _Progress(job.with_suffix(".progress"))
         code = exporter.export(
-            sdxl.component(asked["component"]),
+            sdxl.component(asked["component"], request.options),
             asked["variant"],
             asked["configs"],
-            Request(**asked["request"]),
+            request,
             Path(asked["out"]),
         )
     except ExportError as error:

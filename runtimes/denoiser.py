@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from buildtool.store.manifest import TensorSpec
+from runtimes import deepcache
 from runtimes.artifact import Artifact
 from runtimes.base import Engine
 
@@ -30,7 +32,8 @@ class Denoiser:
 
     ``prepare`` lays the conditions out once a run; calling it with a step's number runs that step.
     The first ``guided`` steps use the variant ``cfg`` (unconditional and conditional in one batch),
-    the rest ``nocfg``.
+    the rest ``nocfg``. With DeepCache, that is so in every so many steps; the ones between run the shallow
+    variant, on the feature that the last of those left.
 
     Args:
         artifact: where the variants come from; each is loaded when a run first needs it.
@@ -42,6 +45,10 @@ class Denoiser:
         self._conditions: dict[str, list[dict[str, Tensor]]] = {}
         self._engines: dict[str, Engine] = {}
         self._samples: dict[str, Tensor] = {}
+        self._interval = deepcache.interval(artifact.manifest)
+        self._features: list[Tensor] = []
+        self.steps = {"full": 0, "shallow": 0}
+        """How many steps of the run so far took the whole UNet, and how many a shallow variant."""
 
     def prepare(
         self,
@@ -59,33 +66,47 @@ class Denoiser:
             timesteps: (steps,), of the steps that will run.
             guidance_scale: weight of the prompt against the negative prompt in guided steps.
             guidance_rescale: phi of arXiv 2305.08891, section 3.4; 0 leaves it out.
-            guided: how many of the steps, from the first, are guided.
+            guided: how many of the steps, from the first, are guided; with DeepCache, all or none.
         """
         batch, device = self._artifact.batch, self._artifact.device
         count = conditioning.prompt_embeds.shape[0]
         self._chunks = [slice(i, min(i + batch, count)) for i in range(0, count, batch)]
         self._times = timesteps.to(device=device, dtype=torch.float32).reshape(-1, 1)
         self._guided, self._scale, self._rescale = guided, guidance_scale, guidance_rescale
-        self._conditions = {}
+        self._conditions, self._features = {}, []
+        self.steps = {"full": 0, "shallow": 0}
         for variant, needed in (("cfg", guided > 0), ("nocfg", guided < len(timesteps))):
             if needed:
                 self._engines[variant] = self._artifact.engine("unet", variant)
                 self._conditions[variant] = [self._lay_out(variant, conditioning, c) for c in self._chunks]
                 sample = self._engines[variant].inputs[0]
-                self._samples[variant] = torch.zeros(sample.shape, dtype=getattr(torch, sample.dtype), device=device)
+                self._samples[variant] = _buffer(sample, device)
+                if self._interval > 1:
+                    self._engines[variant + deepcache.SHALLOW] = self._artifact.engine(
+                        "unet", variant + deepcache.SHALLOW
+                    )
+                    feature = self._engines[variant].outputs[1]
+                    self._features = [_buffer(feature, device) for _ in self._chunks]
 
     def __call__(self, latents: Tensor, i: int) -> Tensor:
         """The predicted noise (N, C, h, w) of scaled latents (N, C, h, w) at step ``i``."""
         variant = "cfg" if i < self._guided else "nocfg"
-        engine, sample, batch = self._engines[variant], self._samples[variant], self._artifact.batch
+        shallow = i % self._interval > 0
+        self.steps["shallow" if shallow else "full"] += 1
+        engine = self._engines[variant + deepcache.SHALLOW if shallow else variant]
+        sample, batch = self._samples[variant], self._artifact.batch
         noise = torch.empty_like(latents)
-        for chunk, conditions in zip(self._chunks, self._conditions[variant], strict=True):
+        for number, (chunk, conditions) in enumerate(zip(self._chunks, self._conditions[variant], strict=True)):
             here = latents[chunk]
             count = here.shape[0]
             sample[:count].copy_(here)
             if variant == "cfg":
                 sample[batch : batch + count].copy_(here)
-            (out,) = engine(sample=sample, timestep=self._times[i], **conditions)
+            if shallow:
+                conditions = {**conditions, "feature": self._features[number]}
+            out, *feature = engine(sample=sample, timestep=self._times[i], **conditions)
+            if feature:  # the engine's own buffer, which its next call overwrites
+                self._features[number].copy_(feature[0])
             noise[chunk] = self._guide(out[:count], out[batch : batch + count]) if variant == "cfg" else out[:count]
         return noise
 
@@ -113,6 +134,10 @@ class Denoiser:
             joined = torch.cat([padded(tensor) for tensor in rows])
             laid_out[name] = joined.to(device=self._artifact.device, dtype=dtypes[name]).contiguous()
         return laid_out
+
+
+def _buffer(spec: TensorSpec, device: torch.device) -> Tensor:
+    return torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
 
 
 def rescale(guided: Tensor, text: Tensor, phi: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import runtimes
 from buildtool.store.errors import SdxlError
-from runtimes import images
+from runtimes import deepcache, images
 from runtimes.artifact import Artifact
 
 
@@ -41,6 +41,11 @@ def attach(pipe: Any, path: str | os.PathLike[str], *, vae: bool = True) -> Any:
         raise SdxlError("The pipeline has a LoRA loaded, which compiled code would ignore.", "Fuse it, then build.")
     (artifact,) = runtimes.load(path).artifacts
     key = artifact.manifest.key
+    if deepcache.interval(artifact.manifest) > 1:
+        raise SdxlError(
+            f"{path} was built with DeepCache, which needs to know a step's number; a diffusers pipeline doesn't tell.",
+            f"Build without: {deepcache.without(artifact.manifest)}",
+        )
     ours, theirs = key.configs["unet"], pipe.unet.config
     for field in ("block_out_channels", "cross_attention_dim", "in_channels"):
         if _plain(ours[field]) != _plain(theirs[field]):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
-from runtimes import encode, image_to_image, images, schedulers, starts, steps
+from runtimes import deepcache, encode, image_to_image, images, schedulers, starts, steps
 from runtimes.artifact import Artifact
 from runtimes.base import Clock, Size
 from runtimes.denoiser import Conditioning, Denoiser
@@ -47,6 +47,7 @@ class Pipeline:
         if isinstance(self.scheduler, str) or (self.scheduler is None and schedulers.is_built_in(self._settings)):
             self.scheduler = schedulers.make(self._settings, self.scheduler)
         self._clock = Clock(self.device)
+        self._steps: dict[str, int] = {}
 
     @property
     def device(self) -> torch.device:
@@ -62,6 +63,11 @@ class Pipeline:
         """Seconds of the last call by stage: ``load`` (engines that it was first to need), ``encode``,
         ``denoise``, ``decode``."""
         return dict(self._clock.seconds)
+
+    @property
+    def unet_steps(self) -> dict[str, int]:
+        """Steps of the last call that took the whole UNet (``full``), and DeepCache's between them (``shallow``)."""
+        return dict(self._steps)
 
     def manifest(self, width: int, height: int) -> Manifest:
         """The manifest of the artifact that makes this size."""
@@ -133,6 +139,9 @@ class Pipeline:
             raise ValueError("denoising_start goes with image: a picture, or the latents to go on from.")
         scheduler = self._scheduler(scheduler)
         artifact = self._artifact(height, width)
+        cached = deepcache.interval(artifact.manifest) > 1
+        if guidance_scale > 1:
+            deepcache.check(artifact.manifest, guidance_until)
         encodes = image is not None and latents is None and not image_to_image.are_latents(artifact, image)
         if encodes:
             starts.require_encoder(artifact.manifest)
@@ -179,6 +188,8 @@ class Pipeline:
             {
                 ("unet", "cfg"): guides,
                 ("unet", "nocfg"): not guides or guidance_until < 1,
+                ("unet", "cfg" + deepcache.SHALLOW): guides and cached,
+                ("unet", "nocfg" + deepcache.SHALLOW): not guides and cached,
                 ("vae_encoder", "main"): encodes,
                 ("vae_decoder", "main"): output_type != "latent",
             },
@@ -223,6 +234,7 @@ class Pipeline:
                 latents = changed.get("latents", latents)
             if progress is not None:
                 progress(i + 1, len(times))
+        self._steps = denoiser.steps
         self._clock.stop("denoise")
 
         # 4. Pictures.

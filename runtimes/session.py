@@ -13,7 +13,7 @@ import msgspec
 
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
-from runtimes import names, schedulers, timeline
+from runtimes import deepcache, names, schedulers, timeline
 from runtimes.jobs import Job, Parameters
 
 Size = tuple[int, int]
@@ -94,6 +94,8 @@ class Planner:
                 image=image,
                 strength=None if image is None else first("strength"),
             )
+            if parameters.guidance > 1:
+                deepcache.check(self._manifest(width, height), parameters.guidance_until)
             if parameters.image is not None:
                 from runtimes import starts
 
@@ -150,6 +152,7 @@ class Session:
         self.saved: list[Picture] = []
         self.seconds: dict[str, float] = {}
         self._steps = 0
+        self._unet_steps = {"full": 0, "shallow": 0}
 
     def render(self, pictures: Sequence[Picture]) -> Iterator[Picture]:
         """Makes and saves pictures; each is yielded once its file is there.
@@ -222,6 +225,8 @@ class Session:
         for name, value in self._pipeline.timings.items():
             self._add(name, value)
         self._steps += p.steps
+        for kind, count in self._pipeline.unet_steps.items():
+            self._unet_steps[kind] += count
         images: list[Any] = output.images
         return images
 
@@ -234,12 +239,14 @@ class Session:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def report(self) -> dict[str, Any]:
-        """Pictures, seconds by stage, steps (one call of the UNet's batch each) per second, peak memory in bytes."""
+        """Pictures, seconds by stage, steps (one call of the UNet's batch each) per second and by what ran in them
+        (the whole UNet, or a shallow variant of DeepCache's), peak memory in bytes."""
         denoise = self.seconds.get("denoise", 0.0)
         return {
             "images": [picture.as_dict() for picture in self.saved],
             "seconds": {stage: round(value, 4) for stage, value in self.seconds.items()},
             "steps_per_second": round(self._steps / denoise, 3) if denoise else None,
+            "unet_steps": self._unet_steps,
             "peak_memory_bytes": peak_memory(),
         }
 

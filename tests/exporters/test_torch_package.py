@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import runtimes
-from exporters import sdxl
+from exporters import sdxl, torch_package
 from exporters.base import ExportError, Request
 from exporters.torch_package import TorchExporter
 from tests.exporters import perturbation
@@ -90,3 +90,17 @@ def test_a_gpu_that_is_not_there_is_told() -> None:
     request = Request(width=64, height=64, batch=1, precision="fp16", device="cuda:0", target="sm90")
     with pytest.raises(ExportError, match="sees none here"):
         TorchExporter().check_request(request)
+
+
+def test_weights_of_what_leads_to_no_output_are_not_read() -> None:
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            self.unused(x)
+            return (self.used(x),)
+
+    program = torch.export.export(Both(), (torch.zeros(1, 2),), strict=False)
+    assert torch_package._constants(program, "both") == {"used.weight", "used.bias"}

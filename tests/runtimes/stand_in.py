@@ -13,7 +13,7 @@ from buildtool.store.manifest import Check, Component, FileEntry, Manifest, Pipe
 
 
 def stand_in_manifest(
-    width=64, height=64, batch=1, model="tiny", scheduler=None, code=b"code", encoder=False
+    width=64, height=64, batch=1, model="tiny", scheduler=None, code=b"code", encoder=False, options=None
 ) -> Manifest:
     key = ArtifactKey(
         key_version=KEY_VERSION,
@@ -31,7 +31,7 @@ def stand_in_manifest(
         batch=batch,
         precision="fp32",
         vae="default",
-        options={},
+        options=options or {},
         toolchain={"torch": "2.13.0"},
     )
     check = Check(status="passed", error={"sample": 0.0}, tolerance=1e-4, reason="")
@@ -85,6 +85,7 @@ class StandInPipeline:
         self._manifests = {(m.key.width, m.key.height): m for m in read}
         self.calls = []
         self.timings = {}
+        self.unet_steps = {}
         self.before_call = lambda number: None
 
     @property
@@ -106,5 +107,6 @@ class StandInPipeline:
             for done in range(num_inference_steps):
                 progress(done + 1, num_inference_steps)
         self.timings = {"encode": 0.1, "denoise": 0.5, "decode": 0.2}
+        self.unet_steps = {"full": num_inference_steps, "shallow": 0}
         colours = [tuple(torch.randint(256, (3,), generator=each).tolist()) for each in generator]
         return SimpleNamespace(images=[Image.new("RGB", (width, height), colour) for colour in colours])

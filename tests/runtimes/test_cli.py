@@ -188,6 +188,13 @@ def test_what_cannot_be_started_from_is_one_line(run, loaded, tmp_path, name, en
     assert encoder or "--with-encoder" in err
 
 
+def test_guidance_that_ends_early_is_refused_with_deepcache_before_anything_is_loaded(run, loaded, tmp_path):
+    engine = stand_in_artifact(tmp_path / "other", options={"deepcache": {"interval": 3, "branch": 0}})
+    code, out, err = run("--prompt", "a", "-q", "--guidance-until", 0.5, engines=[engine])
+    assert (code, out, loaded) == (1, "", []) and "--guidance-until 0.5 can't be had with DeepCache" in one_line(err)
+    assert run("--prompt", "a", "-q", "--guidance-until", 0.5, "--guidance", 1, engines=[engine])[0] == 0
+
+
 def test_out_patterns_and_names_that_come_twice(run):
     _, out, _ = run("--prompt", "A Fox", "--num-images", 2, "--seed", 1, "--out", "new/{prompt}-{index:02d}.png")
     assert out == "new/a-fox-00.png\nnew/a-fox-01.png\n"
@@ -216,6 +223,7 @@ def test_json_is_one_object(run, engine):
         "strength": None,
     }
     assert list(answer["seconds"]) == ["load", "encode", "denoise", "decode", "save", "total"]
+    assert answer["unet_steps"] == {"full": 8, "shallow": 0}
     assert answer["steps_per_second"] == 8.0 and answer["peak_memory_bytes"]["process"] > 10_000_000
 
 

@@ -1,0 +1,70 @@
+"""``--freeu`` and ``--deepcache``: what they say, and whether a checkpoint's UNet can have them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from buildtool.store.errors import SdxlError
+
+FREEU = ("s1", "s2", "b1", "b2")
+"""The values' order, and the names of diffusers' ``enable_freeu``."""
+DOWN = ("DownBlock2D", "CrossAttnDownBlock2D")
+MID = "UNetMidBlock2DCrossAttn"
+UP = ("UpBlock2D", "CrossAttnUpBlock2D")
+
+
+def freeu(text: str, unet: Mapping[str, Any]) -> dict[str, float]:
+    """``s1,s2,b1,b2`` -> the four values by name.
+
+    Args:
+        unet: the UNet's config.
+
+    Raises:
+        SdxlError: it says something else, or FreeU doesn't apply to such a UNet.
+    """
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != len(FREEU) or not all(0 < value < math.inf for value in values):
+        raise SdxlError(
+            f"--freeu takes {','.join(FREEU)}, four numbers above 0; {text!r} was given.",
+            "For example: --freeu 0.6,0.4,1.1,1.2",
+        )
+    scaled = list(unet.get("up_block_types", ()))[:2]
+    if len(scaled) < 2 or any(kind not in UP for kind in scaled):
+        raise SdxlError(
+            f"--freeu scales what goes into a UNet's first two up blocks, of the kinds {' and '.join(UP)}; "
+            f"this checkpoint's are {', '.join(scaled) or 'none'}.",
+            "Leave --freeu out.",
+        )
+    return dict(zip(FREEU, values, strict=True))
+
+
+def deepcache(text: str, unet: Mapping[str, Any]) -> dict[str, int]:
+    """``INTERVAL`` or ``INTERVAL:BRANCH`` -> ``interval`` and ``branch``, which is 0 if left out.
+
+    Raises:
+        SdxlError: it says something else, or the UNet has no such branch.
+    """
+    interval, colon, branch = text.partition(":")
+    if not (interval.isdecimal() and int(interval) >= 2 and (branch.isdecimal() if colon else True)):
+        raise SdxlError(
+            f"--deepcache takes INTERVAL or INTERVAL:BRANCH, an interval of 2 steps or more; {text!r} was given.",
+            "Try --deepcache 3",
+        )
+    down, up = unet.get("down_block_types", ()), unet.get("up_block_types", ())
+    others = [kind for kind in down if kind not in DOWN] + [kind for kind in up if kind not in UP]
+    others += [unet["mid_block_type"]] if unet.get("mid_block_type", MID) != MID else []
+    layers = unet.get("layers_per_block", 2)
+    if others or not isinstance(layers, int):
+        what = f"has {', '.join(others)}" if others else f"has blocks of {layers} layers"
+        raise SdxlError(f"--deepcache knows SDXL's blocks; this checkpoint's UNet {what}.", "Leave --deepcache out.")
+    skips = len(down) * (layers + 1)
+    chosen = int(branch or 0)
+    if chosen >= skips:
+        raise SdxlError(
+            f"--deepcache {text} names branch {chosen}; this UNet's are 0, the outermost, to {skips - 1}.",
+            f"Try --deepcache {int(interval)}",
+        )
+    return {"interval": int(interval), "branch": chosen}
