@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class GraphPool:
 
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.cuda.MemPool()
-        self.handle = self.memory.id
+        self.handle: Any = self.memory.id
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @classmethod
