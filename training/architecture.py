@@ -221,6 +221,27 @@ def save(parts: Parts, folder: Path, *, dtype: torch.dtype = torch.float16) -> N
     )
 
 
+def load(parts: Parts, folder: Path) -> None:
+    """Give `parts` the weights that `save` wrote, and the VAE its `scaling_factor`; the refiner stays as it is.
+
+    Raises:
+        FileNotFoundError: the folder lacks a network.
+    """
+    from safetensors.torch import load_file
+
+    for name, module in parts.items():
+        if name == "refiner":
+            continue
+        file = "model.safetensors" if name.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
+        wanted = module.state_dict()
+        found = {key: value.float() for key, value in load_file(folder / name / file).items()}
+        found = {key if key in wanted else key.removeprefix("text_model."): value for key, value in found.items()}
+        stays = {key: value for key, value in wanted.items() if key.endswith("position_ids")}
+        module.load_state_dict({**stays, **found})
+    stated = json.loads((folder / "vae" / "config.json").read_text())
+    parts.vae.register_to_config(scaling_factor=stated["scaling_factor"])
+
+
 def base_files(folder: Path) -> list[Path]:
     """The files of the base model in `folder`: without the refiner and the small autoencoder."""
     extra = {"refiner", "vae_tiny"}

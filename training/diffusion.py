@@ -103,17 +103,23 @@ def denoising_loss(
     return (error * weight).mean()
 
 
-def train_unet(parts: Parts, plan: Plan, out: Path, log: Logbook, device: torch.device) -> None:
-    """The UNet and both text encoders, on a pool of drawn scenes: with captions that are right, then with doubt."""
+def train_unet(
+    parts: Parts, plan: Plan, out: Path, log: Logbook, device: torch.device, *, trained: bool = False
+) -> None:
+    """The UNet and both text encoders, on a pool of drawn scenes: with captions that are right, then with doubt.
+
+    `trained` parts have the first of the two behind them.
+    """
 
     @functools.cache
     def pool() -> Latents:
         def say(done: int) -> None:
-            log.write("unet", encoded=done)
+            log.write("pool", encoded=done)
 
         return Latents(parts, plan, plan.pool, plan.seed + 2, device, spoil=False, say=say)
 
-    _train_unet("unet", plan.unet_steps, plan.unet_lr, 0.0, pool, parts, plan, out, log, device)
+    if not trained:
+        _train_unet("unet", plan.unet_steps, plan.unet_lr, 0.0, pool, parts, plan, out, log, device)
     _train_unet("doubt", plan.doubt_steps, plan.doubt_lr, plan.wrong_captions, pool, parts, plan, out, log, device)
 
 

@@ -1,7 +1,8 @@
 """Train the tiny model from nothing: `python -m training.train --out DIR`.
 
 Stages, each of which a broken run skips once it is done and otherwise goes on with: the VAE, the small autoencoder, a
-head start for the text encoders, the UNet together with them, the refiner. The finished model is `DIR/model`, losses
+head start for the text encoders, the UNet together with them, the same with some captions wrong (`doubt`), the refiner.
+`--from MODEL` takes a finished model instead of the stages before `doubt`. The finished model is `DIR/model`, losses
 are in `DIR/log.jsonl`, pictures in `DIR/sheets`.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -29,23 +31,30 @@ def corpus(count: int = 20_000) -> list[str]:
     return found
 
 
-def train(out: Path, plan: Plan, device: torch.device) -> Path:
-    """Run what isn't done of every stage; returns the model's folder."""
+def train(out: Path, plan: Plan, device: torch.device, begin: Path | None = None) -> Path:
+    """Run what isn't done of every stage, or, on the model `begin`, of those from doubt on; returns the model."""
     from training import autoencoders, diffusion, text
 
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     log = Logbook(out)
     model = out / "model"
-    if not (model / "tokenizer_2" / "vocab.json").exists():
-        tokens.write(model, *tokens.train(corpus()))
-    parts = architecture.build(plan.seed).to(device)
-    pictures = autoencoders.Pictures(plan, device)
-    autoencoders.train_vae(parts, plan, pictures, out, log, device)
-    autoencoders.train_vae_tiny(parts, plan, pictures, out, log, device)
-    del pictures
-    text.pretrain_text(parts, plan, out, log, device)
-    diffusion.train_unet(parts, plan, out, log, device)
+    parts = architecture.build(plan.seed)
+    if begin is None:
+        if not (model / "tokenizer_2" / "vocab.json").exists():
+            tokens.write(model, *tokens.train(corpus()))
+        parts.to(device)
+        pictures = autoencoders.Pictures(plan, device)
+        autoencoders.train_vae(parts, plan, pictures, out, log, device)
+        autoencoders.train_vae_tiny(parts, plan, pictures, out, log, device)
+        del pictures
+        text.pretrain_text(parts, plan, out, log, device)
+    else:
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.copytree(begin / name, model / name, dirs_exist_ok=True)
+        architecture.load(parts, begin)
+        parts.to(device)
+    diffusion.train_unet(parts, plan, out, log, device, trained=begin is not None)
     architecture.save(parts, model)  # all but the refiner is finished: what a run that ends here is good for
     diffusion.train_refiner(parts, plan, out, log, device)
     architecture.save(parts, model)
@@ -56,6 +65,7 @@ def train(out: Path, plan: Plan, device: torch.device) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs, sheets and the model")
+    parser.add_argument("--from", dest="begin", type=Path, metavar="MODEL", help="a finished model to go on from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
     parser.add_argument(
@@ -74,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"the plan has no {name!r}; it has {', '.join(kinds)}")
         number = value.lower() in ("1", "true", "yes") if kinds[name] is bool else kinds[name](value)
         plan = replace(plan, **{name: number})
-    print(train(options.out, plan, torch.device(options.device)))
+    print(train(options.out, plan, torch.device(options.device), options.begin))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,15 @@ from training.train import corpus, train
 from training.world import Scene, is_held_out
 
 PLAN = replace(
-    SMOKE, pictures=10, vae_steps=2, vae_tiny_steps=1, text_steps=1, unet_steps=2, sheet_every=2, score_prompts=1
+    SMOKE,
+    pictures=10,
+    vae_steps=2,
+    vae_tiny_steps=1,
+    text_steps=1,
+    unet_steps=2,
+    doubt_steps=1,
+    sheet_every=2,
+    score_prompts=1,
 )
 
 
@@ -31,12 +39,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_leaves_its_mark(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     stages = {row["stage"] for row in rows}
-    assert stages >= {"vae", "vae_tiny", "text", "unet", "refiner", "done"}
+    assert stages >= {"vae", "vae_tiny", "text", "unet", "doubt", "refiner", "done"}
     assert {path.name for path in (trained / "sheets").glob("*.png")} == {
         "vae-00002.png",
         "vae_tiny-00001.png",
         "unet-000002.png",
         "unet-000002-unguided.png",
+        "doubt-000001.png",
+        "doubt-000001-unguided.png",
         "refiner-00002.png",
     }
     assert {path.stem for path in (trained / "checkpoints").iterdir()} == {
@@ -45,8 +55,22 @@ def test_every_stage_leaves_its_mark(trained: Path) -> None:
         "vae_tiny",
         "text",
         "unet",
+        "doubt",
         "refiner",
     }
+
+
+def test_a_finished_model_goes_on_with_doubt(trained: Path, tmp_path: Path) -> None:
+    begin = trained / "model"
+    train(tmp_path, PLAN, torch.device("cpu"), begin)
+    stages = {json.loads(line)["stage"] for line in (tmp_path / "log.jsonl").read_text().splitlines()}
+    assert "doubt" in stages and not stages & {"vae", "vae_tiny", "text", "unet"}
+    one, two = (json.loads((model / "vae" / "config.json").read_text()) for model in (begin, tmp_path / "model"))
+    assert one["scaling_factor"] == two["scaling_factor"] != architecture.VAE["scaling_factor"]
+    for name, kept in (("vae", True), ("vae_tiny", True), ("unet", False), ("tokenizer_2", True)):
+        file = "vocab.json" if name.startswith("tokenizer") else "diffusion_pytorch_model.safetensors"
+        same = (begin / name / file).read_bytes() == (tmp_path / "model" / name / file).read_bytes()
+        assert same == kept, name
 
 
 def test_a_finished_stage_is_not_done_again(trained: Path) -> None:
