@@ -27,8 +27,9 @@ demo: setup
 	$(BIN)/sdxl-run --engine "$$($(BIN)/sdxl-build torch --model tiny --gpu cpu --artifacts $(STORE))" \
 	  --prompt "$(PROMPT)" --steps 20 --seed 7 --out demo.png
 
+# Two workers: most tests wait for a compiler or keep one core busy. A file's tests share what they build.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 fast: lint
 	$(BIN)/python -m pytest -m "not slow"

@@ -27,9 +27,12 @@ Builder = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def store_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The session's store."""
+    """The session's store, which all of its workers share: the store's own lock lets one build and the others wait."""
     kept = os.environ.get("SDXL_TEST_ARTIFACTS")
-    return Path(kept) if kept else tmp_path_factory.mktemp("artifacts")
+    if kept:
+        return Path(kept)
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "artifacts"
 
 
 @pytest.fixture(scope="session")
