@@ -54,11 +54,9 @@ class Loras:
         Every changed tensor is computed anew, in fp32 from its original bits, and rounded once.
 
         Raises:
-            SdxlError: a file is no LoRA of this model, or the artifact's weights can't be changed. Nothing is changed then.
+            SdxlError: a file is no LoRA of this model, or the artifact's weights can't be changed. Nothing is then.
         """
         wanted = tuple(loras)
-        if wanted == self.active:
-            return
         additions = self._additions(wanted)
         for artifact in self._artifacts:  # a check compares with the weights that the artifact was built with
             _check_deferred(artifact)
@@ -115,7 +113,7 @@ class Loras:
                 tensors[place].copy_(original)
             return
         torch.cuda.synchronize(device)  # no call may still be reading
-        streams = [torch.cuda.Stream(device) for _ in range(READERS)]
+        streams = [torch.cuda.Stream(device) for _ in range(READERS)]  # type: ignore[no-untyped-call]
 
         def copy(number: int) -> None:
             with torch.inference_mode(), torch.cuda.stream(streams[number]):

@@ -1,5 +1,6 @@
 """Where a LoRA's products go in an artifact's weights. Read before torch is imported."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,43 +42,39 @@ def places(path: Path, manifest: Manifest, option: str = " --lora FILE[:SCALE]")
     fixed = [c.loader for n, c in manifest.components.items() if n in lora.COMPONENTS and c.loader not in LOADERS]
     if fixed:
         raise SdxlError(
-            f"A LoRA can't go into an artifact of the {manifest.key.backend} backend, whose engines hold their weights.",
+            f"A LoRA can't go into an artifact of the {manifest.key.backend} backend: its engines hold their weights.",
             f"Build it in: {shlex.join(manifest.command)}{option}",
         )
-    components = {name: c for name, c in manifest.components.items() if name in lora.COMPONENTS}
-    names = {name: [s for t in c.tensors.values() for s in t.sources] for name, c in components.items()}
+    rows = {n: _rows(c) for n, c in manifest.components.items() if n in lora.COMPONENTS}
+    sizes = {name: {source: size for source, (_, _, size) in some.items()} for name, some in rows.items()}
     layers = manifest.key.configs.get("unet", {}).get("layers_per_block", 2)
-    found = lora.products(path, names, layers, _unread(names, manifest))
-    return {name: _rows(path, components[name], products) for name, products in found.items()}
+    found = lora.products(path, sizes, layers, _unread(sizes, manifest))
+    return {
+        component: [Rows(*rows[component][source][:2], product) for source, product in products.items()]
+        for component, products in found.items()
+    }
 
 
-def _unread(names: Mapping[str, Sequence[str]], manifest: Manifest) -> dict[str, list[str]]:
+def _unread(sizes: lora.Sizes, manifest: Manifest) -> dict[str, list[str]]:
     """The first text encoder's last layer: SDXL reads what goes into it."""
-    if "text_encoder" not in names:
+    if "text_encoder" not in sizes:
         return {}
     first, last = "text_model.encoder.layers.0.", manifest.key.configs["text_encoder"]["num_hidden_layers"] - 1
-    layer = [name.removeprefix(first) for name in names["text_encoder"] if name.startswith(first)]
+    layer = [name.removeprefix(first) for name in sizes["text_encoder"] if name.startswith(first)]
     return {"text_encoder": [f"text_model.encoder.layers.{last}.{name}" for name in layer]}
 
 
-def _rows(path: Path, component: Component, products: Mapping[str, Product]) -> list[Rows]:
-    whose = {source: tensor for stored in component.tensors.values() for source in stored.sources for tensor in [stored]}
-    found = []
+def _rows(component: Component) -> dict[str, tuple[str, int, tuple[int, int]]]:
+    """Matrix or convolution of the checkpoint -> the stored tensor that holds it, its first row there, its size."""
+    whose = {source: stored for stored in component.tensors.values() for source in stored.sources}
+    found = {}
     for name, stored in component.tensors.items():
-        if not products.keys() & set(stored.sources):
+        if len(stored.shape) < 2:
             continue
-        start, columns = 0, _numel(stored) // stored.shape[0]
+        start, columns = 0, math.prod(stored.shape[1:])
         for source in stored.sources:
             count = _count(source, stored, whose)
-            product = products.get(source)
-            if product is not None:
-                if (product.rows, product.columns) != (count, columns) or len(stored.shape) < 2:
-                    raise SdxlError(
-                        f"{path}: {product.up} and {product.down} make ({product.rows}, {product.columns}); "
-                        f"{source} is ({count}, {columns}).",
-                        "It was made for another model.",
-                    )
-                found.append(Rows(name, start, product))
+            found[source] = (name, start, (count, columns))
             start += count
         if start != stored.shape[0]:
             raise RuntimeError(f"the sources of {name} have {start} rows, it has {stored.shape[0]}")
@@ -97,10 +94,3 @@ def _count(source: str, stored: StoredTensor, whose: Mapping[str, StoredTensor])
         if other is not None and len(other.sources) == 1:
             return other.shape[0]
     return stored.shape[0] // len(stored.sources)
-
-
-def _numel(stored: StoredTensor) -> int:
-    count = 1
-    for size in stored.shape:
-        count *= size
-    return count

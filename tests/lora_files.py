@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from buildtool.store.lora import COMPONENTS, _original
+from buildtool.store.lora import COMPONENTS, original
 
 Pairs = dict[tuple[str, str], tuple[Tensor, Tensor]]
 """(component, tensor) -> (up, down)."""
@@ -44,7 +44,7 @@ def write(path: Path, pairs: Pairs, spelling: str, layers: int = 1) -> Path:
         kohya, prefix = COMPONENTS[component]
         if spelling in ("kohya", "original"):
             if spelling == "original" and component == "unet":
-                module = _original(module, layers, unet)
+                module = original(module, layers, unet)
             base = kohya + module.replace(".", "_")
             made |= {f"{base}.lora_up.weight": up, f"{base}.lora_down.weight": down}
         elif spelling == "peft":

@@ -13,8 +13,8 @@ from typing import Any
 
 from buildtool.store.errors import SdxlError
 
-Names = Mapping[str, Collection[str]]
-"""Component -> names of a checkpoint's tensors."""
+Sizes = Mapping[str, Mapping[str, tuple[int, int]]]
+"""Component -> matrix or convolution of a checkpoint -> (rows, columns), all but the first dimension flattened."""
 
 COMPONENTS = {
     "unet": ("lora_unet_", "unet."),
@@ -45,13 +45,11 @@ class Lora:
 class Product:
     """What is added to one tensor: ``factor * up @ down``, of two tensors of the file by name.
 
-    ``up`` is (rows, rank) and ``down`` (rank, columns), both as they are when all but their first dimension is flattened.
+    ``up`` is (rows, rank) and ``down`` (rank, columns), all but their first dimension flattened.
     """
 
     up: str
     down: str
-    rows: int
-    columns: int
     factor: float
     """alpha / rank."""
 
@@ -71,7 +69,9 @@ def parse(text: str) -> Lora:
     else:
         found = Lora(Path(text))
     if not math.isfinite(found.scale):
-        raise SdxlError(f"The scale of the LoRA {text} is not a finite number.", "Give FILE:SCALE, such as a.safetensors:0.8")
+        raise SdxlError(
+            f"The scale of the LoRA {text} is not a finite number.", "Give FILE:SCALE, such as a.safetensors:0.8"
+        )
     if not found.path.is_file():
         raise SdxlError(f"The LoRA {found.path} does not exist.", "Give a .safetensors file: --lora FILE[:SCALE]")
     return found
@@ -89,22 +89,24 @@ def touched(path: Path) -> set[str]:
     return set(found.values())
 
 
-def products(path: Path, names: Names, layers_per_block: Any = 2, unread: Names | None = None) -> dict[str, dict[str, Product]]:
+def products(
+    path: Path, sizes: Sizes, layers_per_block: Any = 2, unread: Mapping[str, Collection[str]] | None = None
+) -> dict[str, dict[str, Product]]:
     """What a file adds to which tensors: component -> tensor -> product.
 
     Args:
         path: a safetensors file with the names of kohya's scripts (``lora_unet_…``, in diffusers' or in the original
             code's spelling), of PEFT as diffusers saves it, or of diffusers before it had PEFT.
-        names: the checkpoint's tensors.
+        sizes: the checkpoint's matrices and convolutions.
         layers_per_block: of the UNet's config; the original code numbers its blocks by it.
-        unread: tensors that the checkpoint has and nothing reads: products for them are left out.
+        unread: tensors by component that the checkpoint has and nothing reads: products for them are left out.
 
     Raises:
         SdxlError: it is no safetensors file, or holds something that is not such a product for one of ``names``.
     """
     header = _Header(path)
-    read = {(c, name): True for c, some in names.items() for name in some}
-    known = {(c, name): False for c, some in (unread or {}).items() for name in some} | read
+    ignored = {(component, name) for component, names in (unread or {}).items() for name in names}
+    known = ignored | {(component, name) for component, names in sizes.items() for name in names}
     spelled = _spellings(known, layers_per_block)
     parts: dict[str, dict[str, str]] = {}
     unknown = []
@@ -122,19 +124,26 @@ def products(path: Path, names: Names, layers_per_block: Any = 2, unread: Names 
             _refuse(path, [*part.values()], "lacks its other half (up and down come in pairs)")
         if name in found.get(component, {}):
             _refuse(path, [part["up"]], f"is there twice, in two spellings of {name}")
-        product = _product(path, header, part, component, base)
-        if known[component, name]:
-            found.setdefault(component, {})[name] = product
+        if (component, name) not in ignored:
+            found.setdefault(component, {})[name] = _product(path, header, part, spelled[base], base, sizes)
     return found
 
 
-def _product(path: Path, header: "_Header", part: Mapping[str, str], component: str, base: str) -> Product:
+def _product(
+    path: Path, header: "_Header", part: Mapping[str, str], target: tuple[str, str], base: str, sizes: Sizes
+) -> Product:
     up, down = header.shapes[part["up"]], header.shapes[part["down"]]
     rank = down[0] if down else 0
     if len(up) not in (2, 4) or len(down) not in (2, 4) or up[1] != rank or rank == 0 or set(up[2:]) - {1}:
         raise SdxlError(f"{path}: {part['up']} {up} and {part['down']} {down} make no product.", "Leave this LoRA out.")
+    component, name = target
+    made, wanted = (up[0], math.prod(down[1:])), sizes[component][name]
+    if made != wanted:
+        raise SdxlError(
+            f"{path}: {part['up']} and {part['down']} make {made}; {name} is {wanted}.", "It is for another model."
+        )
     alpha = header.scalar(part["alpha"]) if "alpha" in part else header.adapter_alpha(component, base, rank)
-    return Product(part["up"], part["down"], up[0], math.prod(down[1:]), alpha / rank)
+    return Product(part["up"], part["down"], alpha / rank)
 
 
 def _component(key: str) -> str | None:
@@ -157,7 +166,7 @@ def _split(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _spellings(known: Mapping[tuple[str, str], bool], layers_per_block: Any) -> dict[str, tuple[str, str]]:
+def _spellings(known: Collection[tuple[str, str]], layers_per_block: Any) -> dict[str, tuple[str, str]]:
     """Every way to spell a tensor's module in a key -> component and tensor."""
     modules = {name for component, name in known if component == "unet"}
     found = {}
@@ -168,7 +177,7 @@ def _spellings(known: Mapping[tuple[str, str], bool], layers_per_block: Any) -> 
         kohya, diffusers = COMPONENTS[component]
         spelled = [kohya + module.replace(".", "_"), diffusers + module]
         if component == "unet" and isinstance(layers_per_block, int):
-            spelled.append(kohya + _original(module, layers_per_block, modules).replace(".", "_"))
+            spelled.append(kohya + original(module, layers_per_block, modules).replace(".", "_"))
         elif component != "unet":  # transformers 5.6 dropped this of the first encoder
             spelled.append(diffusers + module.removeprefix("text_model."))
         found.update({each: (component, name) for each in spelled})
@@ -191,7 +200,7 @@ _RESNET = {
 }
 
 
-def _original(module: str, layers: int, names: Collection[str]) -> str:
+def original(module: str, layers: int, names: Collection[str]) -> str:
     """A UNet module's name in the original code, whose blocks are numbered through.
 
     (diffusers/loaders/lora_conversion_utils.py, ``_maybe_map_sgm_blocks_to_diffusers``, read backwards.)
@@ -200,11 +209,11 @@ def _original(module: str, layers: int, names: Collection[str]) -> str:
         return _PLAIN[module]
     block, _, rest = module.partition(".")
     if block == "mid_block":
-        kind, number, inner = (rest.split(".", 2) + [""])[:3]
+        kind, number, inner = [*rest.split(".", 2), ""][:3]
         return f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}.{_inner(kind, inner)}"
     if block not in ("down_blocks", "up_blocks"):
         return module
-    at, kind, number, inner = (rest.split(".", 3) + [""])[:4]
+    at, kind, number, inner = [*rest.split(".", 3), ""][:4]
     if kind == "downsamplers":
         return f"input_blocks.{(int(at) + 1) * (layers + 1)}.0.op"
     if block == "down_blocks":
@@ -264,7 +273,7 @@ class _Header:
             raise SdxlError(f"{self._path}: {name} is no number.", "Download it again.") from None
 
     def adapter_alpha(self, component: str, base: str, rank: int) -> float:
-        """A product's alpha from the metadata that diffusers saves beside PEFT's names; its rank where there is none."""
+        """A product's alpha from the metadata that diffusers saves beside PEFT's names; without, its rank."""
         settings = {
             name.removeprefix(f"{component}."): value
             for name, value in self._adapter.items()
@@ -272,5 +281,7 @@ class _Header:
         }
         for name in ("use_rslora", "use_dora", "alpha_pattern"):
             if settings.get(name):
-                raise SdxlError(f"{self._path} uses PEFT's {name}, which can't be read.", "Save it with plain LoRA layers.")
+                raise SdxlError(
+                    f"{self._path} uses PEFT's {name}, which can't be read.", "Save it with plain LoRA layers."
+                )
         return float(settings.get("lora_alpha", rank))

@@ -3,11 +3,15 @@
 Bound: latents differ by at most 1e-3 of their standard deviation (max abs).
 """
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import runtimes
 from buildtool import models
@@ -85,6 +89,20 @@ def test_the_latents_are_those_of_diffusers_with_the_products_added(
     assert difference(made, plain) > 100 * BOUND
 
 
+def test_built_in(
+    ours: Pipeline, sdxl_build: Builder, micro_model: Path, all_of_it: Pairs, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = lora_files.write(tmp_path_factory.mktemp("lora") / "a.safetensors", all_of_it, "kohya")
+    built = sdxl_build(str(micro_model), "--lora", f"{path}:0.8")
+    assert built["compiled"] == []  # a change of weights: the code is that of the plain artifact
+    fused = runtimes.load(built["path"])
+    made = draw(fused)
+    assert difference(made, reference(micro_model, (all_of_it, 0.8, lora_files.ALPHA))) <= BOUND
+    ours.load_lora_weights(path, 0.8)
+    swapped = weights(ours)
+    assert all(torch.equal(t, swapped[n]) for n, t in weights(fused).items())
+
+
 def test_two_at_once(ours: Pipeline, micro_model: Path, all_of_it: Pairs, attention: Pairs, tmp_path: Path) -> None:
     ours.load_lora_weights(lora_files.write(tmp_path / "a.safetensors", all_of_it, "kohya"), 0.8)
     ours.load_lora_weights(lora_files.write(tmp_path / "b.safetensors", attention, "peft"), -0.5)
@@ -127,14 +145,12 @@ def test_a_file_that_is_refused_changes_nothing(ours: Pipeline, all_of_it: Pairs
     ours.set_loras([good])
     with_it = draw(ours)
     wrong = {(c, n): (up[: len(up) // 2], down) for (c, n), (up, down) in all_of_it.items()}
-    with pytest.raises(SdxlError, match="It was made for another model"):
+    with pytest.raises(SdxlError, match="It is for another model"):
         ours.set_loras([good, Lora(lora_files.write(tmp_path / "b.safetensors", wrong, "kohya"))])
     assert torch.equal(draw(ours), with_it)
 
 
-def test_through_diffusers_own_loader(
-    ours: Pipeline, micro_model: Path, all_of_it: Pairs, tmp_path: Path
-) -> None:
+def test_through_diffusers_own_loader(ours: Pipeline, micro_model: Path, all_of_it: Pairs, tmp_path: Path) -> None:
     """``load_lora_weights`` and ``fuse_lora``, where PEFT is installed."""
     pytest.importorskip("peft")
     from diffusers import StableDiffusionXLPipeline
@@ -149,9 +165,42 @@ def test_through_diffusers_own_loader(
     assert difference(draw(ours), draw(theirs)) <= BOUND
 
 
-def test_engines_that_hold_their_weights_refuse(
-    micro_onnx_artifact: Path, attention: Pairs, tmp_path: Path
-) -> None:
+def test_engines_that_hold_their_weights_refuse(micro_onnx_artifact: Path, attention: Pairs, tmp_path: Path) -> None:
     path = lora_files.write(tmp_path / "b.safetensors", attention, "peft")
-    with pytest.raises(SdxlError, match="onnx backend.*sdxl-build onnx .*--lora"):
+    with pytest.raises(SdxlError, match=r"onnx backend.*sdxl-build onnx .*--lora"):
         runtimes.load(micro_onnx_artifact).load_lora_weights(path)
+
+
+def test_lines_of_json_swap_it(micro_artifact: Path, attention: Pairs, tmp_path: Path) -> None:
+    path = lora_files.write(tmp_path / "b.safetensors", attention, "peft")
+    job = {"prompt": "a", "seed": 1, "steps": 2, "num_images": 1}
+    lines = [
+        job,
+        {**job, "lora": [f"{path}:3"]},
+        job,
+        {**job, "lora": ["none.safetensors"]},
+        {**job, "lora": [str(path)]},
+    ]
+    command = [sys.executable, "-m", "runtimes.cli", "--engine", str(micro_artifact), "--prompts", "-", "--json"]
+    done = subprocess.run(
+        command, input="\n".join(map(json.dumps, lines)), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert "none.safetensors does not exist" in answers[3]["error"]
+    pixels = [Image.open(tmp_path / a["images"][0]["path"]).tobytes() for a in answers if "images" in a]
+    assert pixels[0] == pixels[2] and len(set(pixels)) == 3
+    assert answers[1]["images"][0]["lora"] == [f"{path}:3"] and answers[2]["images"][0]["lora"] == []
+
+
+def test_a_wrong_option_is_one_line_before_torch(micro_onnx_artifact: Path, attention: Pairs, tmp_path: Path) -> None:
+    path = lora_files.write(tmp_path / "b.safetensors", attention, "peft")
+    script = (
+        "import sys; from runtimes import cli\n"
+        f"try: cli.main(['--engine', {str(micro_onnx_artifact)!r}, '--prompt', 'a', '--lora', '{path}:0.5'])\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: A LoRA can't go into") and f"--lora {path}:0.5" in line
+    assert done.stdout == "False\n"
