@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from safetensors.torch import save_file
 
-from buildtool import compiler, golden, gpu, gpu_room, tokenizers
+from buildtool import compiler, golden, gpu, gpu_room, lora, tokenizers
 from buildtool.checkpoint.configs import vae_scale_factor
 from buildtool.plan import Plan
 from buildtool.progress import Progress
@@ -101,6 +101,8 @@ class _Build:
 
     def run(self) -> Built:
         self.exporter.check_request(self.request)
+        if self.planned.spec.lora:
+            lora.check(self.source, self.planned.spec.lora)
         self._check_reference_room()
         with self.store.stage(needs=self._needs()) as stage, contextlib.ExitStack() as locks:
             jobs = self._missing_code(locks)

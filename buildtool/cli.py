@@ -137,6 +137,9 @@ _encoder_option = click.option(
     "--with-encoder", is_flag=True, help="The VAE's encoder too, for image to image (sdxl-run --image)."
 )
 
+_lora_option = click.option(
+    "--lora", multiple=True, metavar="FILE[:SCALE]", help="A LoRA to add to the weights; repeatable."
+)
 _freeu_option = click.option(
     "--freeu", metavar="S1,S2,B1,B2", help="FreeU inside the UNet, with the values of diffusers' enable_freeu."
 )
@@ -151,6 +154,7 @@ _deepcache_option = click.option(
 @main.command("torch")
 @_build_options
 @_encoder_option
+@_lora_option
 @_freeu_option
 @_deepcache_option
 def torch_command(dry_run: bool, as_json: bool, **options: Any) -> None:
@@ -164,6 +168,7 @@ def torch_command(dry_run: bool, as_json: bool, **options: Any) -> None:
 @main.command("onnx")
 @_build_options
 @_encoder_option
+@_lora_option
 @_freeu_option
 @_deepcache_option
 def onnx_command(dry_run: bool, as_json: bool, **options: Any) -> None:
@@ -176,6 +181,7 @@ def onnx_command(dry_run: bool, as_json: bool, **options: Any) -> None:
 
 @main.command("trt")
 @_build_options
+@_lora_option
 @_freeu_option
 @click.option(
     "--flavor",

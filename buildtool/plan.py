@@ -24,7 +24,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 # Settings of a VAE's config that its graph doesn't read: fine-tunes that differ in them share code.
 NOT_COMPILED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size")
 
-NOT_IN_CODE = ("golden", "encoder", "freeu", "deepcache")
+NOT_IN_CODE = ("golden", "encoder", "freeu", "deepcache", "lora")
 """Options that shape no component's code, or not every component's."""
 
 
@@ -49,6 +49,8 @@ class Spec:
     """FreeU's ``s1,s2,b1,b2``."""
     deepcache: str | None = None
     """DeepCache's ``INTERVAL[:BRANCH]``."""
+    lora: tuple[str, ...] = ()
+    """``FILE[:SCALE]`` each, added to the weights in this order."""
     artifacts: Path = Path("artifacts")
     force: bool = False
     flavor: str = "auto"
@@ -88,6 +90,8 @@ class Plan:
         words += ["--with-encoder"] if spec.with_encoder else []
         for option, value in (("--freeu", spec.freeu), ("--deepcache", spec.deepcache)):
             words += [option, value] if value else []
+        for text in spec.lora:
+            words += ["--lora", text]
         if "flavor" in self.key.options:
             words += ["--flavor", self.key.options["flavor"]]
             words += [] if spec.golden else ["--no-golden"]
@@ -134,6 +138,11 @@ def plan(spec: Spec, progress: Progress | None = None) -> list[Plan]:
         config_dir=spec.config,
         progress=hashing,
     )
+    loras: list[Any] = []
+    if spec.lora:
+        from buildtool import lora
+
+        source, loras = lora.fuse(source, spec.lora, hashing)
     if row.flavors:
         upcast = bool(source.configs["vae"].get("force_upcast", False))
         try:
@@ -148,7 +157,7 @@ def plan(spec: Spec, progress: Progress | None = None) -> list[Plan]:
                 f"{width}x{height} can't be made: both sides have to be multiples of {factor}.",
                 f"Try --resolution {max(round(width / factor), 1) * factor}x{max(round(height / factor), 1) * factor}.",
             )
-        plans.append(_plan(spec, row, source, target, width, height, precision, factor))
+        plans.append(_plan(spec, row, source, target, width, height, precision, factor, loras))
     return plans
 
 
@@ -184,6 +193,7 @@ def _plan(
     height: int,
     precision: str,
     factor: int,
+    loras: list[Any],
 ) -> Plan:
     toolchain = _toolchain(row, target)
     options = dict(row.options.get(target.device, {}))
@@ -197,6 +207,8 @@ def _plan(
         options["freeu"] = unet_options.freeu(spec.freeu, source.configs["unet"])
     if spec.deepcache is not None:
         options["deepcache"] = unet_options.deepcache(spec.deepcache, source.configs["unet"])
+    if loras:
+        options["lora"] = loras
     gpu_name = target.gpu_name if row.tunes else "any"
     key = ArtifactKey(
         key_version=KEY_VERSION,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from buildtool.store import machine
 from buildtool.store import manifest as manifests
@@ -76,6 +77,10 @@ class Artifact:
         """A variant loaded anew, whatever its check says; for checking it."""
         loader = registry.loader(self.manifest.components[component].loader)
         return loader.engine(self.folder, self.manifest, component, variant, self.device, self._weights)
+
+    def tensors(self, component: str, weights: Weights | None = None) -> dict[str, Tensor]:
+        """A component's stored tensors by name: those that its engines read, or as ``weights`` reads the file."""
+        return (weights or self._weights).tensors(self.folder, self.manifest, component)
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the artifact, such as ``scheduler.json``."""

@@ -50,7 +50,7 @@ def _digests(context: click.Context, option: click.Parameter, values: tuple[str,
     "prompts_file",
     metavar="FILE",
     help="One prompt a line, or JSON lines with a prompt and any of negative_prompt, seed, width, height, steps, "
-    'guidance, guidance_until, scheduler, image, strength, num_images, out. "-" reads JSON lines from stdin and '
+    'guidance, guidance_until, scheduler, image, strength, lora, num_images, out. "-" reads JSON lines from stdin and '
     "answers each with one on stdout.",
 )
 @click.option("--negative-prompt", metavar="TEXT", help="What to keep out of the picture.")
@@ -84,6 +84,12 @@ def _digests(context: click.Context, option: click.Parameter, values: tuple[str,
     show_default=True,
     metavar="FRACTION",
     help="With --image: the part of the steps that runs; 1 forgets the picture.",
+)
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="A LoRA to add to the weights (torch backend); repeatable. Others: sdxl-build --lora.",
 )
 @click.option(
     "--num-images", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures of each prompt."

@@ -32,6 +32,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     scheduler: str | None = None
     image: str | None = None
     strength: Annotated[float, Meta(ge=0, le=1)] | None = None
+    lora: tuple[str, ...] | None = None
+    """``FILE[:SCALE]`` each."""
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +63,8 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: str
     image: str | None = None
     strength: float | None = None
+    lora: tuple[str, ...] = ()
+    """``FILE[:SCALE]`` each, in the weights while the picture is made."""
 
 
 def check_text(text: str) -> str:

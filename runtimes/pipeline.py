@@ -1,20 +1,24 @@
 """``StableDiffusionXLPipeline.__call__`` on compiled engines."""
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from buildtool.store.errors import SdxlError
+from buildtool.store.lora import Lora
 from buildtool.store.manifest import Manifest
 from runtimes import deepcache, encode, image_to_image, images, schedulers, starts, steps
 from runtimes.artifact import Artifact
 from runtimes.base import Clock, Size
 from runtimes.denoiser import Conditioning, Denoiser
+from runtimes.lora import Loras
 from runtimes.noise import randn
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -48,6 +52,7 @@ class Pipeline:
             self.scheduler = schedulers.make(self._settings, self.scheduler)
         self._clock = Clock(self.device)
         self._steps: dict[str, int] = {}
+        self._loras = Loras(self.artifacts)
 
     @property
     def device(self) -> torch.device:
@@ -244,6 +249,30 @@ class Pipeline:
             made = images.postprocess(images.decode(artifact, latents), output_type)
         self._clock.stop("decode")
         return PipelineOutput(made) if return_dict else (made,)
+
+    def set_loras(self, loras: Sequence[Lora]) -> None:
+        """Puts exactly these LoRAs into the weights, in place; none gives back the artifact's own bits.
+
+        Raises:
+            SdxlError: a file is no LoRA of this model, or the backend's engines hold their weights.
+        """
+        self._loras.use(loras)
+
+    def load_lora_weights(self, path: str | os.PathLike[str], scale: float = 1.0) -> None:
+        """Adds a LoRA to those that are in the weights (diffusers' ``load_lora_weights`` and ``fuse_lora``).
+
+        Args:
+            path: a safetensors file with kohya's or diffusers' names.
+            scale: how much of it.
+
+        Raises:
+            SdxlError: as for :meth:`set_loras`.
+        """
+        self.set_loras([*(self._loras.active or ()), Lora(Path(path), scale)])
+
+    def unload_lora_weights(self) -> None:
+        """Takes every LoRA out of the weights: they are the artifact's again, bit by bit."""
+        self.set_loras(())
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, output_type: images.OutputType = "pil") -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from buildtool.store import lora
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
 from runtimes import deepcache, names, schedulers, timeline
@@ -93,7 +94,12 @@ class Planner:
                 scheduler=first("scheduler") or schedulers.name_of(self._manifests[0].key.configs.get("scheduler", {})),
                 image=image,
                 strength=None if image is None else first("strength"),
+                lora=first("lora") or (),
             )
+            if parameters.lora:
+                from runtimes import lora_names
+
+                lora_names.check([lora.parse(text) for text in parameters.lora], self._manifest(width, height))
             if parameters.guidance > 1:
                 deepcache.check(self._manifest(width, height), parameters.guidance_until)
             if parameters.image is not None:
@@ -151,6 +157,7 @@ class Session:
         self._bar = bar
         self.saved: list[Picture] = []
         self.seconds: dict[str, float] = {}
+        self._loras: tuple[str, ...] | None = ()
         self._steps = 0
         self._unet_steps = {"full": 0, "shallow": 0}
 
@@ -202,6 +209,7 @@ class Session:
             from runtimes import starts
 
             start = {"image": starts.read(p.image), "strength": p.strength}
+        self._set_loras(p.lora)
         arguments: dict[str, Any] = dict(
             negative_prompt=None if p.negative_prompt is None else [p.negative_prompt] * len(group),
             width=p.width,
@@ -229,6 +237,15 @@ class Session:
             self._unet_steps[kind] += count
         images: list[Any] = output.images
         return images
+
+    def _set_loras(self, texts: Sequence[str]) -> None:
+        """Only pictures with LoRAs, and those after them, cost anything."""
+        if tuple(texts) != self._loras:
+            start = time.perf_counter()
+            self._loras = None
+            self._pipeline.set_loras([lora.parse(text) for text in texts])
+            self._loras = tuple(texts)
+            self._add("lora", time.perf_counter() - start)
 
     def _save(self, picture: Picture, image: Any) -> None:
         from runtimes import png

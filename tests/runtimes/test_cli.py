@@ -221,6 +221,7 @@ def test_json_is_one_object(run, engine):
         "scheduler": "euler",
         "image": None,
         "strength": None,
+        "lora": [],
     }
     assert list(answer["seconds"]) == ["load", "encode", "denoise", "decode", "save", "total"]
     assert answer["unet_steps"] == {"full": 8, "shallow": 0}

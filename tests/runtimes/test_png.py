@@ -89,7 +89,7 @@ def test_the_artifact_is_named_by_key_and_digest():
     manifest = stand_in_manifest()
     own = json.loads(written(manifest).info["sdxl-build"])
     artifact = own.pop("artifact")
-    assert own == {**BASE, "image": None, "strength": None}
+    assert own == {**BASE, "image": None, "strength": None, "lora": []}
     assert artifact["key"] == manifest.key_digest and artifact["manifest"] == manifest.digest
     assert (artifact["backend"], artifact["target"], artifact["precision"]) == ("torch", "cpu-avx2", "fp32")
 

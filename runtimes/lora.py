@@ -1,0 +1,144 @@
+"""LoRA at run time: low-rank products added to weights where they lie, and taken out again bit by bit.
+
+Compiled code and CUDA graphs hold the weights' addresses, so all variants and resolutions see the change at their
+next call. The original bits come from the artifact's weights file, which the page cache has: nothing is kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buildtool.store.lora import Lora
+from runtimes import lora_names
+from runtimes.artifact import Artifact
+from runtimes.weights import Weights
+
+READERS = 8
+"""Threads that copy original weights to a GPU."""
+
+Place = tuple[str, str, str]
+"""Digest of a weights file, component, stored tensor."""
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """``factor * up @ down`` for some rows of a stored tensor."""
+
+    start: int
+    up: Tensor
+    down: Tensor
+    factor: float
+
+
+class Loras:
+    """The LoRAs that are in the weights of some artifacts, which share them.
+
+    Args:
+        artifacts: of one pipeline.
+    """
+
+    def __init__(self, artifacts: Sequence[Artifact]) -> None:
+        self._artifacts = artifacts
+        self._changed: set[Place] = set()
+        self.active: tuple[Lora, ...] | None = ()
+        """What is in the weights; None where a change was cut off."""
+
+    @torch.inference_mode()  # the weights may have been loaded in it, and then only it may change them
+    def use(self, loras: Sequence[Lora]) -> None:
+        """Puts exactly these LoRAs into the weights; what was in them before is taken out first.
+
+        Every changed tensor is computed anew, in fp32 from its original bits, and rounded once.
+
+        Raises:
+            SdxlError: a file is no LoRA of this model, or the artifact's weights can't be changed. Nothing is then.
+        """
+        wanted = tuple(loras)
+        additions = self._additions(wanted)
+        for artifact in self._artifacts:  # a check compares with the weights that the artifact was built with
+            _check_deferred(artifact)
+        places = self._changed | additions.keys()
+        tensors = dict(self._stored(places))
+        self.active = None
+        self._restore(self._changed, tensors)
+        self._changed |= additions.keys()
+        for place, some in additions.items():
+            _add(tensors[place], some)
+        if self._artifacts[0].device.type == "cuda":
+            torch.cuda.synchronize(self._artifacts[0].device)
+        self._changed, self.active = set(additions), wanted
+
+    def _additions(self, loras: Sequence[Lora]) -> dict[Place, list[_Addition]]:
+        from safetensors import safe_open
+
+        found: dict[Place, list[_Addition]] = {}
+        for lora in loras:
+            opened: Any = safe_open(lora.path, framework="pt", device="cpu")
+            done: set[Place] = set()
+            for artifact in self._artifacts:
+                manifest, device = artifact.manifest, artifact.device
+                for component, rows in lora_names.places(lora.path, manifest).items():
+                    digest = manifest.files[manifest.components[component].weights].sha256
+                    fresh = [row for row in rows if (digest, component, row.stored) not in done]
+                    for row in fresh:
+                        up, down = (opened.get_tensor(n).to(device) for n in (row.product.up, row.product.down))
+                        addition = _Addition(row.start, up, down, lora.scale * row.product.factor)
+                        found.setdefault((digest, component, row.stored), []).append(addition)
+                    done |= {(digest, component, row.stored) for row in fresh}
+        return found
+
+    def _stored(self, places: set[Place], weights: Weights | None = None) -> Iterator[tuple[Place, Tensor]]:
+        """The tensors at some places: those that engines read, or in ``weights``."""
+        seen = set()
+        for artifact in self._artifacts:
+            for component, described in artifact.manifest.components.items():
+                digest = artifact.manifest.files[described.weights].sha256 if described.weights else ""
+                if (digest, component) in seen or not any(place[:2] == (digest, component) for place in places):
+                    continue
+                seen.add((digest, component))
+                tensors = artifact.tensors(component, weights)
+                for place in places:
+                    if place[:2] == (digest, component):
+                        yield place, tensors[place[2]]
+
+    def _restore(self, places: set[Place], tensors: dict[Place, Tensor]) -> None:
+        """Writes the original bits back."""
+        originals = dict(self._stored(places, Weights(torch.device("cpu"))))
+        device = self._artifacts[0].device
+        if device.type == "cpu":
+            for place, original in originals.items():
+                tensors[place].copy_(original)
+            return
+        torch.cuda.synchronize(device)  # no call may still be reading
+        streams = [torch.cuda.Stream(device) for _ in range(READERS)]  # type: ignore[no-untyped-call]
+
+        def copy(number: int) -> None:
+            with torch.inference_mode(), torch.cuda.stream(streams[number]):
+                for place in ordered[number::READERS]:
+                    tensors[place].copy_(originals[place])
+                streams[number].synchronize()
+
+        ordered = sorted(places, key=lambda place: -originals[place].nbytes)
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(copy, range(READERS)))
+
+
+def _add(stored: Tensor, additions: Sequence[_Addition]) -> None:
+    """Adds products to a tensor's rows, in place: in fp32, rounded once."""
+    exact = stored.float() if stored.dtype != torch.float32 else stored
+    for addition in additions:
+        up, down = addition.up.flatten(1).float(), addition.down.flatten(1).float()
+        rows = exact[addition.start : addition.start + up.shape[0]]
+        rows.add_((up @ down).view(rows.shape), alpha=addition.factor)
+    if exact is not stored:
+        stored.copy_(exact)
+
+
+def _check_deferred(artifact: Artifact) -> None:
+    for name, component in artifact.manifest.components.items():
+        for variant, form in component.variants.items():
+            if form.check.status == "deferred":
+                artifact.engine(name, variant)
