@@ -127,14 +127,21 @@ class Loras:
 
 
 def _add(stored: Tensor, additions: Sequence[_Addition]) -> None:
-    """Adds products to a tensor's rows, in place: in fp32, rounded once."""
-    exact = stored.float() if stored.dtype != torch.float32 else stored
+    """Adds products to a tensor's rows, in place: in fp32, rounded once.
+
+    Only those rows are held in fp32: a stored tensor may join the weights of every block.
+    """
+    parts: dict[tuple[int, int], list[_Addition]] = {}
     for addition in additions:
-        up, down = addition.up.flatten(1).float(), addition.down.flatten(1).float()
-        rows = exact[addition.start : addition.start + up.shape[0]]
-        rows.add_((up @ down).view(rows.shape), alpha=addition.factor)
-    if exact is not stored:
-        stored.copy_(exact)
+        parts.setdefault((addition.start, addition.up.shape[0]), []).append(addition)
+    for (start, count), some in parts.items():
+        rows = stored[start : start + count]
+        exact = rows.float()  # itself, if it is fp32 already
+        for addition in some:
+            product = addition.up.flatten(1).float() @ addition.down.flatten(1).float()
+            exact.add_(product.view(rows.shape), alpha=addition.factor)
+        if exact is not rows:
+            rows.copy_(exact)
 
 
 def _check_deferred(artifact: Artifact) -> None:
