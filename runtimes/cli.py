@@ -119,6 +119,7 @@ def _digests(context: click.Context, option: click.Parameter, values: tuple[str,
     metavar="N",
     help="Which of several GPUs, as CUDA numbers them.  [default: the first]",
 )
+@click.option("--dry-run", is_flag=True, help="Check everything, load nothing: print the paths that would be written.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of paths.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, seed or times on stderr.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done, and when it was.")
@@ -129,6 +130,7 @@ def command(
     out: str | None,
     digests: tuple[str, ...],
     gpu_index: int | None,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -143,6 +145,8 @@ def command(
     """
     if bool(prompts) == bool(prompts_file):
         raise click.UsageError("Give either --prompt TEXT (repeatable) or --prompts FILE.")
+    if dry_run and prompts_file == "-":
+        raise click.UsageError("--dry-run needs prompts that are there: --prompt TEXT or --prompts FILE.")
     try:
         options = Job(
             prompt="", **{**settings, "seed": _random_seed() if settings["seed"] is None else settings["seed"]}
@@ -158,7 +162,8 @@ def command(
             if prompts_file == "-":
                 run.serve()
             else:
-                run.make(jobs.read(Path(prompts_file)) if prompts_file else asked, as_json)
+                todo = jobs.read(Path(prompts_file)) if prompts_file else asked
+                run.show(todo, as_json) if dry_run else run.make(todo, as_json)
         except KeyboardInterrupt:
             count = len(run.saved)
             click.echo(f"\nInterrupted; {count} picture{'s are' if count != 1 else ' is'} saved.", err=True)
@@ -196,6 +201,16 @@ class Run:
                 _expect(folder, manifest, digests)
         self._planner = Planner(found, options, places)
         self.saved: list[Any] = []
+
+    def show(self, asked: Sequence[Job], as_json: bool) -> None:
+        """What :meth:`make` would write, without loading anything."""
+        pictures = self._planner.plan(asked)
+        if as_json:
+            told = {"images": [picture.as_dict() for picture in pictures]}
+            click.echo(msgspec.json.encode(told).decode())
+            return
+        for picture in pictures:
+            click.echo(picture.path)
 
     def make(self, asked: Sequence[Job], as_json: bool) -> None:
         """All jobs, then the answer: paths as they come, or one object at the end."""

@@ -228,6 +228,16 @@ def test_json_is_one_object(run, engine):
     assert answer["steps_per_second"] == 8.0 and answer["peak_memory_bytes"]["process"] > 10_000_000
 
 
+def test_a_dry_run_checks_and_names_what_would_be_written(run, loaded, here):
+    code, out, err = run("--prompt", "a fox", "--seed", 7, "--num-images", 2, "--dry-run")
+    assert (code, out, err) == (0, "sdxl-7.png\nsdxl-8.png\n", "")
+    code, out, _ = run("--prompt", "a fox", "--seed", 7, "--steps", 3, "--dry-run", "--json")
+    assert [(image["path"], image["steps"]) for image in json.loads(out)["images"]] == [("sdxl-7.png", 3)]
+    assert not loaded and not list(here.iterdir())
+    code, out, err = run("--prompts", "-", "--dry-run")
+    assert code == 2 and "--dry-run" in err
+
+
 def test_quiet_says_nothing(run):
     assert run("--prompt", "a", "--quiet", "--out", "a.png") == (0, "a.png\n", "")
 

@@ -1,0 +1,1 @@
+"""``sdxl-bench``: artifacts and options side by side, by time, memory and picture."""

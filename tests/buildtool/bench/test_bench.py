@@ -1,0 +1,153 @@
+"""sdxl-bench: what it measures, what it refuses, and the page that it leaves."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from buildtool.bench import cases, cli, likeness, report
+from buildtool.store.errors import SdxlError
+
+STAND_IN = '''
+"""Stands in for sdxl-run: refuses an unknown field, else writes grey pictures on a timeline of its own."""
+import json, sys
+from pathlib import Path
+from PIL import Image
+words = sys.argv[1:]
+lines = [json.loads(l) for l in Path(words[words.index("--prompts") + 1]).read_text().splitlines()]
+if any("stepz" in line for line in lines):
+    sys.exit("Error: line 1: Object contains unknown field `stepz`.")
+if "--dry-run" in words:
+    print(json.dumps({"images": lines}))
+    sys.exit()
+timeline, now = [], 1.0
+for line in lines:
+    Image.new("RGB", (32, 32), (line.get("steps", 50),) * 3).save(line["out"])
+    took = 3.0 if now == 1.0 else 0.5
+    timeline += [{"name": "denoise", "start": now, "end": now + took - 0.1}]
+    timeline += [{"name": "save", "start": now + took - 0.1, "end": now + took}]
+    now += took
+images = [{"steps": line.get("steps", 50)} for line in lines]
+print(json.dumps({"timeline": timeline, "images": images, "peak_memory_bytes": {"process": 5_000_000}}))
+'''
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "stand_in.py"
+    file.write_text(STAND_IN)
+    monkeypatch.setattr(cases, "RUN", (sys.executable, str(file)))
+
+
+def run(capsys: Any, *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
+
+
+def test_options_are_fields_of_json_lines() -> None:
+    found = cases.parse_options("steps=20 guidance-until=0.75 scheduler=dpmpp-2m 'negative-prompt=grey background'")
+    assert found == {
+        "steps": 20,
+        "guidance_until": 0.75,
+        "scheduler": "dpmpp-2m",
+        "negative_prompt": "grey background",
+    }
+    with pytest.raises(SdxlError, match="no NAME=VALUE"):
+        cases.parse_options("steps 20")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("stand_in")
+def test_the_warm_up_counts_for_nothing(micro_artifact: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "bench"
+    options = ("--with", "steps=20", "--with", "steps=30", "--runs", "3", "--out", str(out))
+    code, printed, _ = run(capsys, "--engine", f"{micro_artifact}\n", *options)
+    assert (code, printed.strip()) == (0, str(out / "report.html"))
+    told = json.loads((out / "results.json").read_text())["cases"]
+    assert [case["options"] for case in told] == [{"steps": 20}, {"steps": 30}]
+    for case in told:
+        assert len(case["seconds"]) == 3 * len(cli.PROMPTS)
+        assert case["seconds"] == pytest.approx([0.5] * len(case["seconds"]))
+        assert case["first_picture_seconds"] == pytest.approx(4.0)
+        assert case["steps_per_second"] == pytest.approx(case["options"]["steps"] / 0.4)
+    assert told[0]["psnr"] is None and told[0]["ssim"] == pytest.approx(1)  # equal to itself
+    assert told[1]["psnr"] == pytest.approx(10 * np.log10(255**2 / 10**2))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("stand_in")
+def test_the_page_needs_nothing_from_elsewhere(micro_artifact: Path, tmp_path: Path, capsys: Any) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a <b>bold</b> cat & a dog\n")
+    out = tmp_path / "bench"
+    words = ("--engine", str(micro_artifact), "--prompts", str(prompts), "--runs", "1", "--out", str(out))
+    assert run(capsys, *words)[0] == 0
+    page = (out / "report.html").read_text()
+    assert "a &lt;b&gt;bold&lt;/b&gt; cat &amp; a dog" in page
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(re.findall(r'<img [^>]*alt="[^"]+"', page)) == 2
+    for name in ("times.png", "pictures.png"):
+        with Image.open(out / name) as picture:
+            assert picture.width > 200
+    lines = (out / "results.md").read_text().splitlines()
+    assert len(lines) == 3 and len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("stand_in")
+def test_what_a_run_refuses_is_told_before_any_work(micro_artifact: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "bench"
+    words = ("--engine", str(micro_artifact), "--with", "steps=2", "--with", "stepz=2", "--out", str(out))
+    code, printed, said = run(capsys, *words)
+    assert code == 1 and not printed and "unknown field `stepz`" in said
+    assert len(said.strip().splitlines()) == 1
+    assert not list(out.glob("*.png"))
+
+
+def test_a_folder_that_is_no_artifact(tmp_path: Path, capsys: Any) -> None:
+    code, printed, said = run(capsys, "--engine", str(tmp_path), "--out", str(tmp_path / "bench"))
+    assert code == 1 and not printed and said.startswith("Error: ") and not (tmp_path / "bench").exists()
+
+
+def picture(path: Path, pixels: np.ndarray) -> Path:
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return path
+
+
+def test_likeness_of_pictures(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 246, (40, 48, 3))
+    one, lighter = picture(tmp_path / "1.png", first), picture(tmp_path / "2.png", first + 10)
+    other = picture(tmp_path / "3.png", rng.integers(0, 256, (40, 48, 3)))
+    assert likeness.psnr(one, one) == float("inf") and likeness.ssim(one, one) == pytest.approx(1)
+    assert likeness.psnr(one, lighter) == pytest.approx(28.13, abs=0.01)
+    assert likeness.ssim(one, lighter) > 0.95 > 0.1 > likeness.ssim(one, other)
+
+
+def test_ssim_of_flat_pictures_is_the_papers_luminance_term(tmp_path: Path) -> None:
+    one = picture(tmp_path / "1.png", np.full((20, 20, 3), 100))
+    two = picture(tmp_path / "2.png", np.full((20, 20, 3), 150))
+    c1 = (0.01 * 255) ** 2
+    assert likeness.ssim(one, two) == pytest.approx((2 * 100 * 150 + c1) / (100**2 + 150**2 + c1), abs=1e-9)
+
+
+@pytest.mark.slow
+def test_a_real_artifact(tiny_artifact: Path, tmp_path: Path, capsys: Any) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a large red circle on the left\n")
+    options = ("--with", "steps=3", "--with", "steps=3 guidance=1", "--prompts", str(prompts), "--runs", "1")
+    code, _, said = run(capsys, "--engine", str(tiny_artifact), *options, "--out", str(tmp_path / "bench"))
+    assert code == 0, said
+    guided, unguided = json.loads((tmp_path / "bench" / "results.json").read_text())["cases"]
+    assert guided["first_picture_seconds"] > guided["seconds"][0] > 0
+    assert guided["peak_memory_bytes"]["process"] > 1e8
+    assert 5 < unguided["psnr"] < 60
+    assert report.COLUMNS[0] in (tmp_path / "bench" / "results.md").read_text()
