@@ -123,4 +123,4 @@ def test_a_second_resolution_of_a_real_model_adds_code_and_no_weights(
             parts = {trt_share.part_name(name, d) for d in trt_share.parts_of(engine)}
             assert parts <= listed.files.keys()
     cfg, nocfg = (set(trt_share.parts_of(tiny_trt_artifact / f"unet.{v}.engine")) for v in ("cfg", "nocfg"))
-    assert cfg < nocfg  # the variants share their weights
+    assert cfg and cfg <= nocfg  # the variants share their weights; what nocfg has of its own may be nothing
