@@ -1,0 +1,42 @@
+"""``benchmarks/build.py``: whole builds, and what each adds to a store."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks import build
+from tests import micro
+
+
+def test_a_file_with_two_names_is_on_the_disk_once(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(bytes(1000))
+    os.link(tmp_path / "blob", tmp_path / "weights")
+    (tmp_path / "name").symlink_to("blob")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "code").write_bytes(bytes(10))
+    assert build.disk(tmp_path) == 1010
+
+
+def test_a_build_that_fails_is_quoted(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"first artifact: sdxl-build ended with 1\. .*nothing-of-that-name"):
+        build.main(["--model", "./nothing-of-that-name", "--gpu", "cpu", "--artifacts", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_a_further_checkpoint_compiles_nothing(
+    micro_model: Path, micro_artifact: Path, store_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = micro.write(tmp_path / "micro-of-a-benchmark", seed=9)
+    told = tmp_path / "told.json"
+    words = ["--model", str(micro_model), "--other-model", str(other), "--gpu", "cpu", "--artifacts", str(store_root)]
+    assert build.main([*words, "--json", str(told)]) == 0
+    first, further, again = json.loads(told.read_text())["builds"]
+    assert [first["told"]["hit"], further["told"]["hit"], again["told"]["hit"]] == [True, False, True]
+    assert further["told"]["compiled"] == []
+    weights = sum(path.stat().st_size for path in other.rglob("*.safetensors"))
+    assert weights / 2 < further["added"] < 2 * weights + 1_000_000
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| build | seconds |")
+    assert [line.split(" | ")[4] for line in lines[2:5]] == ["a hit", "nothing", "a hit"]
