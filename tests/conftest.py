@@ -62,6 +62,18 @@ def micro_artifact(sdxl_build: Builder, micro_model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def micro_wide_artifact(sdxl_build: Builder, micro_model: Path, micro_artifact: Path) -> Path:
+    """The micro model at 96x64, batch 1."""
+    return sdxl_build(str(micro_model), "--resolution", "96x64")["path"]
+
+
+@pytest.fixture(scope="session")
+def micro_pair_artifact(sdxl_build: Builder, micro_model: Path, micro_artifact: Path) -> Path:
+    """The micro model at 64x64, batch 2."""
+    return sdxl_build(str(micro_model), "--batch", "2")["path"]
+
+
+@pytest.fixture(scope="session")
 def micro_onnx_artifact(sdxl_build: Builder, micro_model: Path) -> Path:
     """The same with the onnx backend."""
     return sdxl_build(str(micro_model), backend="onnx")["path"]
@@ -112,15 +124,3 @@ def tiny_artifact(sdxl_build: Builder) -> Path:
 def tiny_encoder_artifact(sdxl_build: Builder, tiny_artifact: Path) -> Path:
     """tiny at 256x256 with the VAE's encoder."""
     return sdxl_build("tiny", "--with-encoder")["path"]
-
-
-@pytest.fixture(scope="session")
-def tiny_wide_artifact(sdxl_build: Builder, tiny_artifact: Path) -> Path:
-    """tiny at 320x192, batch 1."""
-    return sdxl_build("tiny", "--resolution", "320x192")["path"]
-
-
-@pytest.fixture(scope="session")
-def tiny_pair_artifact(sdxl_build: Builder, tiny_artifact: Path) -> Path:
-    """tiny at 256x256, batch 2."""
-    return sdxl_build("tiny", "--batch", "2")["path"]

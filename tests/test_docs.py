@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
+from buildtool.bench.cli import command as sdxl_bench
 from buildtool.cli import main as sdxl_build
 from runtimes.cli import command as sdxl_run
 
@@ -48,8 +49,8 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
 def test_options_in_commands_exist(page: Path) -> None:
-    """Lines that call one of the two programs."""
-    known = {"sdxl-build": options(sdxl_build), "sdxl-run": options(sdxl_run)}
+    """Lines that call one of the programs."""
+    known = {"sdxl-build": options(sdxl_build), "sdxl-run": options(sdxl_run), "sdxl-bench": options(sdxl_bench)}
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for line in text.splitlines():
         if not any(re.search(rf"\b{name} +[\w-]", line) for name in known):
@@ -59,6 +60,12 @@ def test_options_in_commands_exist(page: Path) -> None:
         code = " ".join(re.findall(r"`[^`]+`", line)) or line
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
             assert option in allowed | OTHERS, f"{option} in: {line}"
+
+
+def test_the_page_of_sdxl_bench_has_every_option() -> None:
+    text = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+    there = {o for o in options(sdxl_bench) if o.startswith("--")} - {"--help", "--version"}
+    assert there - set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) == set()
 
 
 def test_the_command_line_page_has_every_option_and_no_other() -> None:

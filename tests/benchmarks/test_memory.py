@@ -66,17 +66,17 @@ def test_tables() -> None:
 
 @pytest.mark.slow
 def test_a_second_resolution_adds_no_weights(
-    tiny_artifact: Path, tiny_wide_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    micro_artifact: Path, micro_wide_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = tmp_path / "memory.json"
-    assert memory.main([str(tiny_artifact), str(tiny_wide_artifact), "--steps", "1", "--json", str(told)]) == 0
+    assert memory.main([str(micro_artifact), str(micro_wide_artifact), "--steps", "1", "--json", str(told)]) == 0
     found = json.loads(told.read_text())
     assert found["weights_grown"] == 0
     assert all(len(files) == 1 for files in found["weights"].values())
     one, two = found["engines"]
     names = [mark["name"] for mark in two["marks"]]
-    assert "unet.cfg 256x256 first call" in names and "unet.cfg 320x192 first call" in names
-    assert "text_encoder.main 320x192 first call" not in names  # shared, so called already
+    assert "unet.cfg 64x64 first call" in names and "unet.cfg 96x64 first call" in names
+    assert "text_encoder.main 96x64 first call" not in names  # shared, so called already
     assert one["marks"][-1]["weights"] == two["marks"][-1]["weights"] > 0
     assert [len(peak["artifacts"]) for peak in found["peaks"]] == [1, 2]
     assert all(peak["driver"] > 0 for peak in found["peaks"])

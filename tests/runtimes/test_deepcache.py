@@ -161,31 +161,14 @@ def test_an_artifact_without_it_runs_the_whole_unet_in_every_step(micro_onnx_art
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("branch", [0, 3])
-def test_the_tiny_model_by_the_torch_backend(sdxl_build: Builder, tiny_artifact: Path, branch: int) -> None:
-    """Every place of the package's own numbering, on a model that amplifies what is wrong."""
-    from buildtool import models
-
-    ours, theirs = (
-        runtimes.load(sdxl_build("tiny", "--deepcache", f"2:{branch}")["path"]),
-        diffusers_pipeline(models.TINY),
-    )
+def test_by_the_torch_backend(sdxl_build: Builder, micro_model: Path, micro_artifact: Path) -> None:
+    """The innermost cut of the model, with FreeU; cuts at every place are compared in tests/exporters."""
+    options = ("--deepcache", "2:3", "--freeu", ",".join(map(str, FREEU.values())))
+    ours, theirs = runtimes.load(sdxl_build(str(micro_model), *options)["path"]), diffusers_pipeline(micro_model)
     call: dict[str, Any] = {"prompt": "a large red circle on the left", "num_inference_steps": 20}
     call |= {"output_type": "latent", "negative_prompt": "green, striped"}
-    with deepcached(theirs, interval=2, branch=branch):
+    theirs.enable_freeu(**FREEU)
+    with deepcached(theirs, interval=2, branch=3):
         reference = theirs(generator=seeds(1), **call).images
     assert difference(ours(generator=seeds(1), **call).images, reference) <= BOUND
     assert ours.unet_steps == {"full": 10, "shallow": 10}
-
-
-@pytest.mark.slow
-def test_freeu_by_the_torch_backend(sdxl_build: Builder, tiny_artifact: Path) -> None:
-    from buildtool import models
-
-    theirs = diffusers_pipeline(models.TINY)
-    theirs.enable_freeu(**FREEU)
-    options = ("--freeu", ",".join(map(str, FREEU.values())))
-    ours = runtimes.load(sdxl_build("tiny", *options)["path"])
-    call: dict[str, Any] = {"prompt": "a large red circle on the left", "num_inference_steps": 20}
-    made, reference = (p(generator=seeds(1), output_type="latent", **call).images for p in (ours, theirs))
-    assert difference(made, reference) <= BOUND

@@ -33,13 +33,22 @@ def diffusers_pipeline() -> Any:
 
 
 @pytest.fixture(scope="module")
-def ours(tiny_artifact: Path, tiny_wide_artifact: Path) -> Pipeline:
-    return runtimes.load([tiny_artifact, tiny_wide_artifact])
+def ours(tiny_artifact: Path) -> Pipeline:
+    return runtimes.load(tiny_artifact)
 
 
 @pytest.fixture(scope="module")
-def ours_pairs(tiny_pair_artifact: Path) -> Pipeline:
-    return runtimes.load(tiny_pair_artifact)
+def micro_pipeline(micro_model: Path) -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(micro_model, dtype=torch.float32, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def micro_pairs(micro_pair_artifact: Path) -> Pipeline:
+    return runtimes.load(micro_pair_artifact)
 
 
 def seeds(*numbers: int) -> list[torch.Generator]:
@@ -121,17 +130,19 @@ def test_three_prompts_on_batch_1(ours: Pipeline, diffusers_pipeline: Any) -> No
     compare(ours, diffusers_pipeline, (5, 6, 7), prompt=prompts, negative_prompt=["green", "", "red"])
 
 
-def test_four_images_on_batch_2(ours_pairs: Pipeline, diffusers_pipeline: Any) -> None:
-    compare(ours_pairs, diffusers_pipeline, (1, 2, 3, 4), prompt=["a red circle", "a star"], num_images_per_prompt=2)
+def test_four_images_on_batch_2(micro_pairs: Pipeline, micro_pipeline: Any) -> None:
+    compare(micro_pairs, micro_pipeline, (1, 2, 3, 4), prompt=["a red circle", "a star"], num_images_per_prompt=2)
 
 
-def test_three_images_on_batch_2_pad_the_last_chunk(ours_pairs: Pipeline, diffusers_pipeline: Any) -> None:
+def test_three_images_on_batch_2_pad_the_last_chunk(micro_pairs: Pipeline, micro_pipeline: Any) -> None:
     prompts = ["a red circle on the left", "a blue star at the top", "a large green square on the right"]
-    compare(ours_pairs, diffusers_pipeline, (1, 2, 3), prompt=prompts)
+    compare(micro_pairs, micro_pipeline, (1, 2, 3), prompt=prompts)
 
 
-def test_second_resolution(ours: Pipeline, diffusers_pipeline: Any) -> None:
-    compare(ours, diffusers_pipeline, prompt="a red circle", width=320, height=192)
+def test_second_resolution(micro_artifact: Path, micro_wide_artifact: Path, micro_pipeline: Any) -> None:
+    both = runtimes.load([micro_artifact, micro_wide_artifact])
+    compare(both, micro_pipeline, prompt="a red circle", width=96, height=64)
+    compare(both, micro_pipeline, prompt="a red circle", width=64, height=64)
 
 
 def test_one_generator_draws_for_all(ours: Pipeline, diffusers_pipeline: Any) -> None:

@@ -107,8 +107,8 @@ def test_two_artifacts_of_one_size_are_refused(micro_artifact: Path) -> None:
         runtimes.load([micro_artifact, micro_artifact])
 
 
-def test_resolutions_share_weights(tiny_artifact: Path, tiny_wide_artifact: Path) -> None:
-    pipeline = runtimes.load([tiny_artifact, tiny_wide_artifact])
+def test_resolutions_share_weights(micro_artifact: Path, micro_wide_artifact: Path) -> None:
+    pipeline = runtimes.load([micro_artifact, micro_wide_artifact])
     square, wide = pipeline.artifacts
     for component, variant in (("unet", "cfg"), ("unet", "nocfg"), ("vae_decoder", "main")):
         a, b = square.engine(component, variant), wide.engine(component, variant)
@@ -116,4 +116,4 @@ def test_resolutions_share_weights(tiny_artifact: Path, tiny_wide_artifact: Path
         pointers = [{n: t.data_ptr() for n, t in e.constants.items()} for e in (a, b)]  # type: ignore[attr-defined]
         assert pointers[0] == pointers[1]
     assert square.engine("text_encoder") is wide.engine("text_encoder")
-    assert (tiny_artifact / "weights/unet.safetensors").samefile(tiny_wide_artifact / "weights/unet.safetensors")
+    assert (micro_artifact / "weights/unet.safetensors").samefile(micro_wide_artifact / "weights/unet.safetensors")
