@@ -19,13 +19,14 @@ from runtimes.gpu_upload import out_of_memory
 
 
 class TorchPackageEngine(Engine):
-    """A ``.pt2`` package with its constants attached; on a GPU it runs as a CUDA graph.
+    """A ``.pt2`` package with its constants attached; on a GPU it runs as a CUDA graph unless told otherwise.
 
     The package is opened through torch's C++ loader: ``torch._inductor.aoti_load_package`` does the
     same after seconds of imports that only a compiler needs.
 
     Args:
         tf32: whether fp32 products may use TF32 (a VAE that is upcast in an fp16 artifact).
+        graphs: whether to replay calls as a CUDA graph.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class TorchPackageEngine(Engine):
         weights: Mapping[str, Tensor],
         device: torch.device,
         tf32: bool = False,
+        graphs: bool = True,
     ) -> None:
         super().__init__(name, variant, device)
         with timeline.span(f"open {name}"):
@@ -43,7 +45,7 @@ class TorchPackageEngine(Engine):
         self._variant, self._tf32 = variant, tf32
         self._graph: GraphedCall | None = None
         self.attach(weights)
-        if device.type == "cuda":
+        if device.type == "cuda" and graphs:
             self._graph = GraphedCall(name, self._launch, variant.inputs, variant.outputs, device)
 
     def _open(self, path: Path, variant: Variant) -> None:
@@ -80,8 +82,11 @@ class TorchPackageEngine(Engine):
             self._graph.forget("its weights have moved")
 
     def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        if self._graph is None:
+        if self.device.type == "cpu":
             return tuple(self._package.boxed_run(inputs))
+        if self._graph is None:
+            with out_of_memory_told(self.name, self.device):
+                return tuple(self._launch(inputs))
         if self._graph.recorded:
             return self._graph(inputs)
         with timeline.span(f"record {self.name}"), out_of_memory_told(self.name, self.device):
@@ -155,4 +160,5 @@ class TorchPackageLoader(Loader):
         options: Mapping[str, Any],
         device: torch.device,
     ) -> Engine:
-        return TorchPackageEngine(path, name, variant, weights, device, tf32=bool(options.get("tf32", False)))
+        tf32, graphs = bool(options.get("tf32", False)), bool(options["cuda_graphs"])
+        return TorchPackageEngine(path, name, variant, weights, device, tf32, graphs)
