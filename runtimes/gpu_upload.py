@@ -321,7 +321,8 @@ def out_of_memory(what: str, free: int, total: int) -> SdxlError:
     """The answer to a full GPU: the numbers in one line, and what makes it less."""
     return SdxlError(
         f"The GPU has no room for {what}: {free / 1e9:.2f} GB of its {total / 1e9:.1f} GB are free.",
-        "Close what else uses it, or build smaller: --vae fp16-fix or --vae tiny, a lower --resolution or --batch.",
+        "Close what else uses it, run with --memory staged, or build smaller: --vae fp16-fix or --vae tiny, "
+        "a lower --resolution or --batch.",
     )
 
 
