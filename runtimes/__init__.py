@@ -17,6 +17,7 @@ def load(
     *,
     device: "str | torch.device | None" = None,
     scheduler: Any = None,
+    memory: str = "resident",
     uploads: "Uploads | None" = None,
 ) -> "Pipeline":
     """Opens an artifact, or several of one model in different resolutions.
@@ -25,14 +26,16 @@ def load(
         path: an artifact's folder, or a list of them.
         device: where to run, ``cuda:1`` for example; by default what the artifact was built for.
         scheduler: any diffusers scheduler instead of the artifact's own.
+        memory: what stays loaded between the stages of a call: ``resident`` (everything), ``staged`` (nothing) or
+            ``model-offload`` (weights, in pinned host memory).
         uploads: from :func:`runtimes.gpu_upload.begin`, where the upload of the weights to a GPU was begun
             before torch was imported.
 
     Raises:
-        SdxlError: no artifact there, or one that can't run here.
+        SdxlError: no artifact there, or one that can't run here, or not with this memory mode.
     """
     from runtimes.artifact import open_all
     from runtimes.pipeline import Pipeline
 
     paths = path if isinstance(path, list) else [path]
-    return Pipeline(open_all(paths, device, uploads), scheduler)
+    return Pipeline(open_all(paths, device, uploads, memory), scheduler, memory)

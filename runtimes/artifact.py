@@ -1,6 +1,7 @@
 """An artifact's folder, opened: its manifest, and its engines as they are asked for."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
 from buildtool.store.store import missing_files
-from runtimes import gpu_upload, registry
+from runtimes import gpu_upload, memory, registry
 from runtimes.base import Engine, Size, rebuild_hint
 from runtimes.gpu_upload import Uploads
 from runtimes.weights import Weights
@@ -78,6 +79,18 @@ class Artifact:
         loader = registry.loader(self.manifest.components[component].loader)
         return loader.engine(self.folder, self.manifest, component, variant, self.device, self._weights)
 
+    def free(self, keep: Collection[str]) -> bool:
+        """Lets go of all engines and weights but those of the components to keep, for every artifact that shares them.
+
+        Returns:
+            Whether there were any.
+        """
+        others = [digests for digests in self._engines if digests[0] not in keep]
+        for digests in others:
+            del self._engines[digests]
+        kept = {digest for digests in self._engines for digest in digests[2:]}
+        return self._weights.free(kept) or bool(others)
+
     def tensors(self, component: str, weights: Weights | None = None) -> dict[str, Tensor]:
         """A component's stored tensors by name: those that its engines read, or as ``weights`` reads the file."""
         return (weights or self._weights).tensors(self.folder, self.manifest, component)
@@ -118,12 +131,16 @@ def device_for(manifest: Manifest, asked: str | torch.device | None) -> torch.de
 
 
 def open_all(
-    paths: list[str | os.PathLike[str]], device: str | torch.device | None, uploads: Uploads | None = None
+    paths: list[str | os.PathLike[str]],
+    device: str | torch.device | None,
+    uploads: Uploads | None = None,
+    mode: str = memory.RESIDENT,
 ) -> list[Artifact]:
     """Opens artifacts of the same model that differ in resolution, on one device.
 
     Args:
         uploads: their weights, where somebody began to upload them already.
+        mode: one of ``runtimes.memory.MODES``.
 
     Raises:
         SdxlError: a folder is no artifact, can't run here, or doesn't belong to the others.
@@ -131,6 +148,7 @@ def open_all(
     if not paths:
         raise SdxlError("No artifact was named.", "List what is there with: sdxl-build ls")
     read = [(Path(path), manifests.read(path)) for path in paths]
+    memory.check(mode, [manifest for _, manifest in read])
     where = device_for(read[0][1], device)
     first = read[0][1].key
     sizes: dict[Size, Path] = {}
@@ -141,8 +159,10 @@ def open_all(
         if (key.width, key.height) in sizes:
             raise SdxlError(f"{path} and {sizes[key.width, key.height]} both make {key.width}x{key.height}.")
         sizes[key.width, key.height] = path
-    weights, engines = Weights(where), Engines()
+    weights, engines = Weights(where, offload=mode == memory.MODEL_OFFLOAD), Engines()
     opened = [Artifact(path, manifest, where, weights, engines) for path, manifest in read]
     # Once nothing is left to refuse: the weights come in while engines are opened and prompts encoded.
-    weights.expect(uploads or (gpu_upload.begin(read, where.index) if where.type == "cuda" else None))
+    if uploads is None and where.type == "cuda":
+        uploads = gpu_upload.begin(read, where.index or 0, memory.ahead(mode))
+    weights.expect(uploads)
     return opened

@@ -17,6 +17,7 @@ from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
 from runtimes import jobs, timeline
 from runtimes.jobs import MAX_SEED, Job
+from runtimes.memory import MODES, RESIDENT
 from runtimes.names import Names
 from runtimes.schedulers import SCHEDULERS
 
@@ -119,6 +120,14 @@ def _digests(context: click.Context, option: click.Parameter, values: tuple[str,
     metavar="N",
     help="Which of several GPUs, as CUDA numbers them.  [default: the first]",
 )
+@click.option(
+    "--memory",
+    type=click.Choice(MODES),
+    default=RESIDENT,
+    show_default=True,
+    help="What stays loaded: everything; only what a stage (encoding, denoising, decoding) needs; or weights too, in "
+    "main memory (GPU only).",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, load nothing: print the paths that would be written.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of paths.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, seed or times on stderr.")
@@ -130,6 +139,7 @@ def command(
     out: str | None,
     digests: tuple[str, ...],
     gpu_index: int | None,
+    memory: str,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -156,7 +166,7 @@ def command(
     except (ValueError, SdxlError) as error:
         raise click.UsageError(str(error)) from None
     drawn = options.seed if settings["seed"] is None else None
-    run = Run(_folders(engines), digests, options, places, drawn, gpu_index, quiet=quiet, verbose=verbose)
+    run = Run(_folders(engines), digests, options, places, drawn, gpu_index, memory, quiet=quiet, verbose=verbose)
     with _log_to_stderr(verbose):
         try:
             if prompts_file == "-":
@@ -181,6 +191,7 @@ class Run:
         places: Names,
         drawn: int | None,
         gpu_index: int | None,
+        memory: str,
         *,
         quiet: bool,
         verbose: bool,
@@ -191,7 +202,7 @@ class Run:
         timeline.add("python", 0.0, timeline.now())
         self._folders = folders
         self._drawn = drawn
-        self._gpu_index = gpu_index
+        self._gpu_index, self._memory = gpu_index, memory
         self._quiet, self._verbose = quiet, verbose
         with timeline.span("manifests"):
             found = [manifests.read(folder) for folder in folders]
@@ -199,7 +210,7 @@ class Run:
         if digests:
             for folder, manifest in zip(folders, found, strict=True):
                 _expect(folder, manifest, digests)
-        self._planner = Planner(found, options, places)
+        self._planner = Planner(found, options, places, memory)
         self.saved: list[Any] = []
 
     def show(self, asked: Sequence[Job], as_json: bool) -> None:
@@ -244,18 +255,19 @@ class Run:
 
     def _load(self) -> Any:
         import runtimes
-        from runtimes import gpu_upload
+        from runtimes import gpu_upload, memory
         from runtimes.session import Session
 
         start = time.perf_counter()
         device = self._device()
         artifacts = list(zip(self._folders, self._manifests, strict=True))
-        uploads = gpu_upload.begin(artifacts, self._gpu_index or 0)  # while torch is being imported
+        first = memory.ahead(self._memory)
+        uploads = gpu_upload.begin(artifacts, self._gpu_index or 0, first)  # while torch is being imported
         try:
             with timeline.span("import torch"):
                 import torch  # noqa: F401
             with timeline.span("open artifact"):
-                pipeline = runtimes.load([*self._folders], device=device, uploads=uploads)
+                pipeline = runtimes.load([*self._folders], device=device, memory=self._memory, uploads=uploads)
         except BaseException:
             if uploads is not None:
                 uploads.cancel()

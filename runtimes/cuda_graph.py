@@ -35,6 +35,13 @@ class GraphPool:
             cls._pools[device] = cls(device)
         return cls._pools[device]
 
+    @classmethod
+    def drop(cls, device: torch.device) -> None:
+        """Gives the memory back if no graph lies in it any more; the next graph gets a pool of its own."""
+        pool = cls._pools.get(device)
+        if pool is not None and pool.memory.use_count() == 1:  # torch aborts if a pool goes before its graphs
+            del cls._pools[device]
+
 
 class GraphedCall:
     """A function of fixed tensors as a CUDA graph, recorded at its first call.

@@ -43,7 +43,6 @@ class Denoiser:
         self._artifact = artifact
         self._chunks: list[slice] = []
         self._conditions: dict[str, list[dict[str, Tensor]]] = {}
-        self._engines: dict[str, Engine] = {}
         self._samples: dict[str, Tensor] = {}
         self._interval = deepcache.interval(artifact.manifest)
         self._features: list[Tensor] = []
@@ -77,15 +76,11 @@ class Denoiser:
         self.steps = {"full": 0, "shallow": 0}
         for variant, needed in (("cfg", guided > 0), ("nocfg", guided < len(timesteps))):
             if needed:
-                self._engines[variant] = self._artifact.engine("unet", variant)
                 self._conditions[variant] = [self._lay_out(variant, conditioning, c) for c in self._chunks]
-                sample = self._engines[variant].inputs[0]
+                sample = self._engine(variant).inputs[0]
                 self._samples[variant] = _buffer(sample, device)
                 if self._interval > 1:
-                    self._engines[variant + deepcache.SHALLOW] = self._artifact.engine(
-                        "unet", variant + deepcache.SHALLOW
-                    )
-                    feature = self._engines[variant].outputs[1]
+                    feature = self._engine(variant).outputs[1]
                     self._features = [_buffer(feature, device) for _ in self._chunks]
 
     def __call__(self, latents: Tensor, i: int) -> Tensor:
@@ -93,7 +88,7 @@ class Denoiser:
         variant = "cfg" if i < self._guided else "nocfg"
         shallow = i % self._interval > 0
         self.steps["shallow" if shallow else "full"] += 1
-        engine = self._engines[variant + deepcache.SHALLOW if shallow else variant]
+        engine = self._engine(variant + deepcache.SHALLOW if shallow else variant)
         sample, batch = self._samples[variant], self._artifact.batch
         noise = torch.empty_like(latents)
         for number, (chunk, conditions) in enumerate(zip(self._chunks, self._conditions[variant], strict=True)):
@@ -110,13 +105,17 @@ class Denoiser:
             noise[chunk] = self._guide(out[:count], out[batch : batch + count]) if variant == "cfg" else out[:count]
         return noise
 
+    def _engine(self, variant: str) -> Engine:
+        """Asked for at every step: a denoiser holds no engine, which may have to go between two runs."""
+        return self._artifact.engine("unet", variant)
+
     def _guide(self, uncond: Tensor, text: Tensor) -> Tensor:
         guided = uncond + self._scale * (text - uncond)
         return rescale(guided, text, self._rescale) if self._rescale > 0 else guided
 
     def _lay_out(self, variant: str, conditioning: Conditioning, chunk: slice) -> dict[str, Tensor]:
         """The conditions of one chunk, padded with its last image up to the engine's batch."""
-        engine, batch = self._engines[variant], self._artifact.batch
+        engine, batch = self._engine(variant), self._artifact.batch
         dtypes = {spec.name: getattr(torch, spec.dtype) for spec in engine.inputs}
         pairs = {
             "encoder_hidden_states": (conditioning.negative_prompt_embeds, conditioning.prompt_embeds),

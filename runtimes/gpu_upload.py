@@ -321,7 +321,8 @@ def out_of_memory(what: str, free: int, total: int) -> SdxlError:
     """The answer to a full GPU: the numbers in one line, and what makes it less."""
     return SdxlError(
         f"The GPU has no room for {what}: {free / 1e9:.2f} GB of its {total / 1e9:.1f} GB are free.",
-        "Close what else uses it, or build smaller: --vae fp16-fix or --vae tiny, a lower --resolution or --batch.",
+        "Close what else uses it, run with --memory staged, or build smaller: --vae fp16-fix or --vae tiny, "
+        "a lower --resolution or --batch.",
     )
 
 
@@ -330,14 +331,17 @@ LOADERS = ("torch_package",)
 ORDER = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
 
 
-def weights_files(artifacts: Sequence[tuple[Path, Manifest]]) -> dict[str, Path]:
-    """Digest -> weights file of some artifacts, each digest once, in the order of a run."""
+def weights_files(
+    artifacts: Sequence[tuple[Path, Manifest]], components: Sequence[str] | None = None
+) -> dict[str, Path]:
+    """Digest -> weights file of some artifacts' components (None: all), each digest once, in the order of a run."""
 
     def rank(name: str) -> int:
         return ORDER.index(name) if name in ORDER else len(ORDER)
 
     wanted: dict[str, Path] = {}
-    for name in sorted({n for _, m in artifacts for n in m.components}, key=lambda n: (rank(n), n)):
+    names = {n for _, m in artifacts for n in m.components if components is None or n in components}
+    for name in sorted(names, key=lambda n: (rank(n), n)):
         for folder, manifest in artifacts:
             component = manifest.components.get(name)
             if component is not None and component.weights and component.loader in LOADERS:
@@ -345,9 +349,11 @@ def weights_files(artifacts: Sequence[tuple[Path, Manifest]]) -> dict[str, Path]
     return wanted
 
 
-def begin(artifacts: Sequence[tuple[Path, Manifest]], index: int = 0) -> Uploads | None:
-    """Starts to upload the weights of some artifacts; nothing to do (None) for those of a CPU."""
-    files = weights_files(artifacts)
+def begin(
+    artifacts: Sequence[tuple[Path, Manifest]], index: int = 0, components: Sequence[str] | None = None
+) -> Uploads | None:
+    """Starts to upload the weights of some artifacts' components (None: all); nothing to do (None) for a CPU's."""
+    files = weights_files(artifacts, components)
     if not files or any(manifest.key.target.startswith("cpu") for _, manifest in artifacts):
         return None
     return Uploads(files, index)

@@ -14,7 +14,7 @@ from torch import Tensor
 from buildtool.store.errors import SdxlError
 from buildtool.store.lora import Lora
 from buildtool.store.manifest import Manifest
-from runtimes import deepcache, encode, image_to_image, images, schedulers, starts, steps
+from runtimes import deepcache, encode, image_to_image, images, memory, schedulers, stages, starts, steps
 from runtimes.artifact import Artifact
 from runtimes.base import Clock, Size
 from runtimes.denoiser import Conditioning, Denoiser
@@ -40,10 +40,12 @@ class Pipeline:
         artifacts: opened artifacts that share a device and a model.
         scheduler: a name in ``runtimes.schedulers.SCHEDULERS``, or any diffusers scheduler; the one that the
             artifact's ``scheduler.json`` names where None is given.
+        memory: one of ``runtimes.memory.MODES``; the artifacts were opened with the same.
     """
 
     artifacts: Sequence[Artifact]
     scheduler: Any = None
+    memory: str = "resident"
     _named: dict[str, Any] = field(default_factory=dict, repr=False)
     _parts: dict[Size, tuple[encode.PromptEncoder, Denoiser]] = field(default_factory=dict, repr=False)
 
@@ -51,6 +53,7 @@ class Pipeline:
         if isinstance(self.scheduler, str) or (self.scheduler is None and schedulers.is_built_in(self._settings)):
             self.scheduler = schedulers.make(self._settings, self.scheduler)
         self._clock = Clock(self.device)
+        stages.announce(self.memory)
         self._steps: dict[str, int] = {}
         self._loras = Loras(self.artifacts)
 
@@ -65,8 +68,8 @@ class Pipeline:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds of the last call by stage: ``load`` (engines that it was first to need), ``encode``,
-        ``denoise``, ``decode``."""
+        """Seconds of the last call (or of the last of its stages, called by itself) by stage: ``load`` (engines that
+        it was first to need), ``encode``, ``denoise``, ``decode``."""
         return dict(self._clock.seconds)
 
     @property
@@ -155,9 +158,7 @@ class Pipeline:
         guides = guidance_scale > 1
         self._clock.start()
         # Engines are loaded just before they are needed: on a GPU the UNet's weights arrive while prompts are encoded.
-        self._load(
-            artifact, {("text_encoder", "main"): prompt is not None, ("text_encoder_2", "main"): prompt is not None}
-        )
+        self._load(artifact, {(name, "main"): prompt is not None for name in memory.TEXT_ENCODERS})
         self._clock.stop("load")
 
         # 1. Conditions, one row an image: every prompt times num_images_per_prompt.
@@ -188,17 +189,17 @@ class Pipeline:
             embeds, pooled, sizes.repeat(count, 1), without, pooled_without, negative_sizes.repeat(count, 1)
         )
         self._clock.stop("encode")
-        self._load(
-            artifact,
-            {
-                ("unet", "cfg"): guides,
-                ("unet", "nocfg"): not guides or guidance_until < 1,
-                ("unet", "cfg" + deepcache.SHALLOW): guides and cached,
-                ("unet", "nocfg" + deepcache.SHALLOW): not guides and cached,
-                ("vae_encoder", "main"): encodes,
-                ("vae_decoder", "main"): output_type != "latent",
-            },
-        )
+        encoding = {("vae_encoder", "main"): encodes}
+        denoising = {
+            ("unet", "cfg"): guides,
+            ("unet", "nocfg"): not guides or guidance_until < 1,
+            ("unet", "cfg" + deepcache.SHALLOW): guides and cached,
+            ("unet", "nocfg" + deepcache.SHALLOW): not guides and cached,
+        }
+        decoding = {("vae_decoder", "main"): output_type != "latent"}
+        if self.memory == memory.RESIDENT:  # what a later stage can't load is told before the steps are run
+            self._load(artifact, {**encoding, **denoising, **decoding})
+        self._load(artifact, encoding)
         self._clock.stop("load")
 
         # 2. Time steps and noise.
@@ -219,6 +220,9 @@ class Pipeline:
         elif not started and denoising_start is None:
             noise = randn(latents.shape, generator, self.device, latents.dtype)
             latents = scheduler.add_noise(latents, noise, times[:1].repeat(count))
+        self._clock.stop("denoise")
+        self._load(artifact, denoising)
+        self._clock.stop("load")
         guided = len(times) if guidance_until == 1 else min(int(len(times) * guidance_until) + 1, len(times))
         denoiser.prepare(
             conditioning,
@@ -241,6 +245,8 @@ class Pipeline:
                 progress(i + 1, len(times))
         self._steps = denoiser.steps
         self._clock.stop("denoise")
+        self._load(artifact, decoding)
+        self._clock.stop("load")
 
         # 4. Pictures.
         if output_type == "latent":
@@ -254,8 +260,11 @@ class Pipeline:
         """Puts exactly these LoRAs into the weights, in place; none gives back the artifact's own bits.
 
         Raises:
-            SdxlError: a file is no LoRA of this model, or the backend's engines hold their weights.
+            SdxlError: a file is no LoRA of this model, the backend's engines hold their weights, or they don't stay
+                in memory.
         """
+        if loras:
+            memory.refuse_loras(self.memory)
         self._loras.use(loras)
 
     def load_lora_weights(self, path: str | os.PathLike[str], scale: float = 1.0) -> None:
@@ -291,7 +300,71 @@ class Pipeline:
         fitting = [a for a in self.artifacts if a.size[0] <= width and a.size[1] <= height]
         exact = [a for a in fitting if a.size == (width, height)]
         artifact = (exact or fitting or list(self.artifacts))[0]
-        return images.postprocess(images.decode(artifact, latents.to(self.device)), output_type)
+        self._clock.start()
+        self._load(artifact, {("vae_decoder", "main"): True})
+        self._clock.stop("load")
+        made = images.postprocess(images.decode(artifact, latents.to(self.device)), output_type)
+        self._clock.stop("decode")
+        return made
+
+    @torch.inference_mode()
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        prompt_2: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a call's prompts become, as diffusers' ``encode_prompt`` gives it.
+
+        Returns:
+            ``prompt_embeds`` (N, 77, D), ``negative_prompt_embeds``, ``pooled_prompt_embeds`` (N, P) and
+            ``negative_pooled_prompt_embeds``, one row a prompt: arguments of a call. Without guidance the negative ones
+            are the positive ones, which nobody reads.
+        """
+        artifact = self._artifact(height, width)
+        encoder, _ = self._parts_of(artifact)
+        self._clock.start()
+        self._load(artifact, {(name, "main"): True for name in memory.TEXT_ENCODERS})
+        self._clock.stop("load")
+        zeros = artifact.manifest.pipeline.force_zeros_for_empty_prompt
+        texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2)
+        (embeds, pooled), (negative, negative_pooled) = texts.embeddings(
+            encoder, (None, None), (None, None), zeros=zeros, guides=do_classifier_free_guidance
+        )
+        self._clock.stop("encode")
+        return embeds, negative, pooled, negative_pooled
+
+    @torch.inference_mode()
+    def encode_image(
+        self,
+        image: Any,
+        count: int,
+        dtype: torch.dtype,
+        generator: Generators = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """The latents (count, C, h, w) that a call starts from that is given this ``image``, and may be given instead.
+
+        Args:
+            image: as for a call.
+            dtype: that of the call's ``prompt_embeds``.
+            generator: draws what the call would have drawn for it; the same one, not a new one, goes to the call.
+        """
+        artifact = self._artifact(height, width)
+        starts.require_encoder(artifact.manifest)
+        self._clock.start()
+        self._load(artifact, {("vae_encoder", "main"): True})
+        self._clock.stop("load")
+        made = image_to_image.latents(artifact, image, count, generator, dtype)
+        self._clock.stop("encode")
+        return made
 
     def _artifact(self, height: int | None, width: int | None) -> Artifact:
         """The artifact that makes a size; the first where none is asked for.
@@ -311,10 +384,13 @@ class Pipeline:
         )
 
     def _load(self, artifact: Artifact, wanted: dict[tuple[str, str], bool]) -> None:
-        """Loads the engines that a stage will use, so that no stage's time holds a load."""
-        for (component, variant), needed in wanted.items():
-            if needed:
-                artifact.engine(component, variant)
+        """Loads the engines that a stage will use, so that no stage's time holds a load; where not all components
+        stay in memory, they take the others' place."""
+        needed = [name for name, yes in wanted.items() if yes]
+        if needed and self.memory != memory.RESIDENT:
+            stages.free(artifact, {component for component, _ in needed})
+        for component, variant in needed:
+            artifact.engine(component, variant)
 
     def _parts_of(self, artifact: Artifact) -> tuple[encode.PromptEncoder, Denoiser]:
         if artifact.size not in self._parts:

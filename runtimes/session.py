@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import msgspec
 from buildtool.store import lora
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
-from runtimes import deepcache, names, schedulers, timeline
+from runtimes import deepcache, memory, names, schedulers, timeline
 from runtimes.jobs import Job, Parameters
 
 Size = tuple[int, int]
@@ -34,6 +34,10 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
         return {"path": str(self.path), "index": self.index, **msgspec.to_builtins(self.parameters)}
 
 
+Group = Sequence[Picture]
+"""Pictures of one call."""
+
+
 class Planner:
     """Gives every picture of a run its seed, size and file name.
 
@@ -41,9 +45,14 @@ class Planner:
         manifests: of the artifacts that will be loaded, in order; the first gives the default size.
         options: the command line's settings; ``seed`` is the run's.
         names: where pictures go.
+        mode: one of ``runtimes.memory.MODES``.
     """
 
-    def __init__(self, manifests: Sequence[Manifest], options: Job, names: names.Names) -> None:
+    def __init__(
+        self, manifests: Sequence[Manifest], options: Job, names: names.Names, mode: str = memory.RESIDENT
+    ) -> None:
+        memory.check(mode, manifests)
+        self._mode = mode
         self._manifests = manifests
         self._options = options
         self._names = names
@@ -97,6 +106,7 @@ class Planner:
                 lora=first("lora") or (),
             )
             if parameters.lora:
+                memory.refuse_loras(self._mode)
                 from runtimes import lora_names
 
                 lora_names.check([lora.parse(text) for text in parameters.lora], self._manifest(width, height))
@@ -164,16 +174,14 @@ class Session:
     def render(self, pictures: Sequence[Picture]) -> Iterator[Picture]:
         """Makes and saves pictures; each is yielded once its file is there.
 
-        A call makes as many as the artifact's batch holds, so that finished ones are on the disk early.
+        A call makes as many as the artifact's batch holds, so that finished ones are on the disk early; where not all
+        components stay in memory, pixels come after the steps of all.
 
         Raises:
             SdxlError: a file cannot be written, or what the pipeline raises.
         """
-        for group in self._groups(pictures):
-            title = f"Picture {group[0].index + 1}"
-            title += f"-{group[-1].index + 1}" if len(group) > 1 else ""
-            with self._bar(title) as progress:
-                images = self._call(group, progress)
+        made = self._one_by_one if self._pipeline.memory == memory.RESIDENT else self._by_stages
+        for group, images in made([*self._groups(pictures)]):
             start = time.perf_counter()
             for picture, image in zip(group, images, strict=True):
                 with timeline.span("save"):
@@ -182,6 +190,26 @@ class Session:
                 self.saved.append(picture)
                 yield picture
                 start = time.perf_counter()
+
+    def _one_by_one(self, groups: Sequence[Group]) -> Iterator[tuple[Group, list[Any]]]:
+        for group in groups:
+            with self._bar(_title(group)) as progress, self._full_gpu_told():
+                self._set_loras(group[0].parameters.lora)
+                output = self._pipeline(**self._arguments(group), progress=progress)
+                self._account(group[0].parameters.steps)
+            yield group, output.images
+
+    def _by_stages(self, groups: Sequence[Group]) -> Iterator[tuple[Group, list[Any]]]:
+        from runtimes import stages
+
+        calls = [stages.Call(_title(group), self._arguments(group)) for group in groups]
+        run = stages.Stages(self._pipeline, calls, self._bar, self._account)
+        with self._full_gpu_told():
+            run.prepare()
+        for group, call in zip(groups, calls, strict=True):
+            with self._full_gpu_told():
+                images = run.decode(call)
+            yield group, images
 
     def _groups(self, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
         group: list[Picture] = []
@@ -200,7 +228,8 @@ class Session:
     def _batch(self, picture: Picture) -> int:
         return self._manifest(picture).key.batch
 
-    def _call(self, group: Sequence[Picture], progress: Progress) -> list[Any]:
+    def _arguments(self, group: Group) -> dict[str, Any]:
+        """The pipeline's, for one call."""
         import torch
 
         p = group[0].parameters
@@ -209,8 +238,8 @@ class Session:
             from runtimes import starts
 
             start = {"image": starts.read(p.image), "strength": p.strength}
-        self._set_loras(p.lora)
-        arguments: dict[str, Any] = dict(
+        return dict(
+            prompt=[picture.parameters.prompt for picture in group],
             negative_prompt=None if p.negative_prompt is None else [p.negative_prompt] * len(group),
             width=p.width,
             height=p.height,
@@ -220,23 +249,29 @@ class Session:
             scheduler=p.scheduler,
             # On the CPU, so that a seed gives the same picture on every machine.
             generator=[torch.Generator("cpu").manual_seed(picture.parameters.seed) for picture in group],
-            progress=progress,
             **start,
         )
+
+    @contextmanager
+    def _full_gpu_told(self) -> Iterator[None]:
+        import torch
+
         try:
-            output = self._pipeline([picture.parameters.prompt for picture in group], **arguments)
+            yield
         except torch.OutOfMemoryError as error:
             from runtimes import gpu_upload
 
             free, total = torch.cuda.mem_get_info(self._pipeline.device)
             raise gpu_upload.out_of_memory("this picture", free, total) from error
+
+    def _account(self, steps: int) -> None:
+        """Adds the times of the pipeline's last call, and its steps if it took any."""
         for name, value in self._pipeline.timings.items():
             self._add(name, value)
-        self._steps += p.steps
-        for kind, count in self._pipeline.unet_steps.items():
-            self._unet_steps[kind] += count
-        images: list[Any] = output.images
-        return images
+        if steps:
+            self._steps += steps
+            for kind, count in self._pipeline.unet_steps.items():
+                self._unet_steps[kind] += count
 
     def _set_loras(self, texts: Sequence[str]) -> None:
         """Only pictures with LoRAs, and those after them, cost anything."""
@@ -266,6 +301,11 @@ class Session:
             "unet_steps": self._unet_steps,
             "peak_memory_bytes": peak_memory(),
         }
+
+
+def _title(group: Group) -> str:
+    title = f"Picture {group[0].index + 1}"
+    return title + (f"-{group[-1].index + 1}" if len(group) > 1 else "")
 
 
 def _same_call(a: Picture, b: Picture) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,20 @@ from runtimes.base import Engine, Loader, rebuild_hint
 from runtimes.cuda_graph import GraphedCall
 from runtimes.gpu_upload import out_of_memory
 
+_idle: dict[tuple[object, ...], list[Any]] = {}
+"""Packages whose engines are gone, by file and device. Torch never unloads their code, so an engine that comes back
+takes one of these rather than a further copy of it."""
+
 
 class TorchPackageEngine(Engine):
-    """A ``.pt2`` package with its constants attached; on a GPU it runs as a CUDA graph.
+    """A ``.pt2`` package with its constants attached; on a GPU it runs as a CUDA graph unless told otherwise.
 
     The package is opened through torch's C++ loader: ``torch._inductor.aoti_load_package`` does the
     same after seconds of imports that only a compiler needs.
 
     Args:
         tf32: whether fp32 products may use TF32 (a VAE that is upcast in an fp16 artifact).
+        graphs: whether to replay calls as a CUDA graph.
     """
 
     def __init__(
@@ -36,6 +42,7 @@ class TorchPackageEngine(Engine):
         weights: Mapping[str, Tensor],
         device: torch.device,
         tf32: bool = False,
+        graphs: bool = True,
     ) -> None:
         super().__init__(name, variant, device)
         with timeline.span(f"open {name}"):
@@ -43,15 +50,17 @@ class TorchPackageEngine(Engine):
         self._variant, self._tf32 = variant, tf32
         self._graph: GraphedCall | None = None
         self.attach(weights)
-        if device.type == "cuda":
+        if device.type == "cuda" and graphs:
             self._graph = GraphedCall(name, self._launch, variant.inputs, variant.outputs, device)
 
     def _open(self, path: Path, variant: Variant) -> None:
         # One runner and no thread of its own: what CUDA graphs need, and weights are shared anyway.
         index = -1 if self.device.index is None else self.device.index
         try:
-            self._package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
-        except RuntimeError as error:  # it unpacks the file below TMPDIR and opens the library there
+            stat = path.stat()
+            idle = _idle.setdefault((path, stat.st_ino, stat.st_size, stat.st_mtime_ns, index), [])
+            self._package = idle.pop() if idle else _load(path, index)
+        except (RuntimeError, OSError) as error:  # it unpacks the file below TMPDIR and opens the library there
             said = str(error).strip().partition("\n")[0]
             raise SdxlError(
                 f"{path} cannot be loaded: {said}.",
@@ -64,6 +73,7 @@ class TorchPackageEngine(Engine):
                 f"{path} reads other weights than its manifest says: "
                 f"{', '.join(sorted(wanted ^ variant.constants.keys())[:4])}."
             )
+        weakref.finalize(self, idle.append, self._package).atexit = False
 
     def attach(self, weights: Mapping[str, Tensor]) -> None:
         """Makes the code read these tensors, by address: changed in place, the next call sees it.
@@ -75,13 +85,16 @@ class TorchPackageEngine(Engine):
         """
         self.constants = {constant: weights[stored] for constant, stored in self._variant.constants.items()}
         # user_managed: the package keeps pointers and no copies, so the tensors must live as long.
-        self._package.load_constants(self.constants, False, True, True)
+        self._package.load_constants(_borrowed(self.constants), False, True, True)
         if self._graph is not None:
             self._graph.forget("its weights have moved")
 
     def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        if self._graph is None:
+        if self.device.type == "cpu":
             return tuple(self._package.boxed_run(inputs))
+        if self._graph is None:
+            with out_of_memory_told(self.name, self.device):
+                return tuple(self._launch(inputs))
         if self._graph.recorded:
             return self._graph(inputs)
         with timeline.span(f"record {self.name}"), out_of_memory_told(self.name, self.device):
@@ -90,6 +103,29 @@ class TorchPackageEngine(Engine):
     def _launch(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         with _tf32(self._tf32):
             return tuple(self._package.boxed_run(list(inputs)))
+
+
+def _load(path: Path, index: int) -> Any:
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
+
+
+def _borrowed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory in tensors that don't own it.
+
+    Torch (2.13) never lets go of user-managed constants, not even with their package: with the tensors themselves,
+    no weights would ever be freed.
+    """
+    make: Any = torch._C._construct_storage_from_data_pointer
+    storages: dict[int, Any] = {}
+    made = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address not in storages:
+            storages[address] = make(address, tensor.device, storage.nbytes())
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        made[name] = empty.set_(storages[address], tensor.storage_offset(), tensor.shape, tensor.stride())
+    return made
 
 
 @contextlib.contextmanager
@@ -155,4 +191,5 @@ class TorchPackageLoader(Loader):
         options: Mapping[str, Any],
         device: torch.device,
     ) -> Engine:
-        return TorchPackageEngine(path, name, variant, weights, device, tf32=bool(options.get("tf32", False)))
+        tf32, graphs = bool(options.get("tf32", False)), bool(options["cuda_graphs"])
+        return TorchPackageEngine(path, name, variant, weights, device, tf32, graphs)

@@ -1,7 +1,10 @@
 """Weights files in memory: each read once, however many engines and resolutions use it."""
 
+import contextlib
 import json
+import logging
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,10 @@ from torch import Tensor
 
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest, StoredTensor
+from runtimes import timeline
 from runtimes.gpu_upload import Uploads
+
+log = logging.getLogger("runtimes")
 
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
 
@@ -20,10 +26,15 @@ class Weights:
 
     On the CPU a file is mapped, privately: pages are shared with every process that runs the
     artifact until somebody writes to a tensor. On a GPU it is uploaded.
+
+    Args:
+        device: where the tensors are.
+        offload: whether files are kept in pinned host memory, and copied from there each time they are needed.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, offload: bool = False) -> None:
+        self.device, self.offload = device, offload
+        self._host: dict[str, HostFile] = {}
         self._uploads: Uploads | None = None
         self._files: dict[str, tuple[Tensor, dict[str, Any]]] = {}
 
@@ -35,6 +46,17 @@ class Weights:
     def bytes(self) -> int:
         """Bytes of weights held, each file counted once."""
         return sum(data.nbytes for data, _ in self._files.values())
+
+    def free(self, keep: Collection[str]) -> bool:
+        """Lets go of all files on the device but those of some digests.
+
+        Returns:
+            Whether there were any.
+        """
+        others = self._files.keys() - keep
+        for digest in others:
+            del self._files[digest]
+        return bool(others)
 
     def tensors(self, folder: Path, manifest: Manifest, component: str) -> dict[str, Tensor]:
         """A component's tensors as its compiled code takes them: shape, dtype and stride.
@@ -69,6 +91,11 @@ class Weights:
 
     def _data(self, path: Path, digest: str, size: int) -> Tensor:
         """The whole file as bytes (uint8) on the device."""
+        if self.offload:
+            if digest not in self._host:
+                self._host[digest] = HostFile(path, size, pin=self.device.type == "cuda")
+            with timeline.span(f"copy {path.stem}"):
+                return self._host[digest].data.to(self.device, copy=True)
         if self.device.type == "cpu":
             return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         uploads = self._uploads
@@ -76,6 +103,32 @@ class Weights:
             uploads = Uploads({digest: path}, self.device.index or 0)
         # The tensor keeps the upload, which owns the memory.
         return torch.as_tensor(uploads.take(digest), device=self.device)
+
+
+class HostFile:
+    """A file's bytes in host memory, page-locked: the GPU copies from there by itself.
+
+    Memory of torch's own pinned allocator would do, but it rounds up to a power of two: 5.1 GB would take 8.
+    """
+
+    def __init__(self, path: Path, size: int, pin: bool) -> None:
+        self.data = torch.empty(size, dtype=torch.uint8)
+        with timeline.span(f"read {path.stem}"), open(path, "rb") as file:
+            if file.readinto(self.data.numpy().data) != size:
+                raise SdxlError(f"{path} became shorter while it was read.", "Check the artifact: sdxl-build verify")
+        self._address: int | None = None
+        if pin:
+            address = self.data.data_ptr()
+            code = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))  # type: ignore[no-untyped-call]
+            if code:
+                log.info("%s can't be page-locked (CUDA error %d): it is copied more slowly.", path.name, code)
+            else:
+                self._address = address
+
+    def __del__(self) -> None:
+        if getattr(self, "_address", None) is not None:
+            with contextlib.suppress(Exception):  # the interpreter or the driver is shutting down
+                torch.cuda.cudart().cudaHostUnregister(self._address)  # type: ignore[no-untyped-call]
 
 
 def _view(name: str, stored: StoredTensor, data: Tensor, header: dict[str, Any], where: str) -> Tensor:

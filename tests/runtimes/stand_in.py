@@ -79,6 +79,7 @@ class StandInPipeline:
     """Takes the calls of ``runtimes.pipeline.Pipeline``; a picture is one colour, drawn by its generator."""
 
     loads = 0
+    memory = "resident"
 
     def __init__(self, folders):
         read = [manifests.read(folder) for folder in folders]
