@@ -11,6 +11,7 @@ import click
 
 from buildtool.plan import DEFAULT_MODEL
 from buildtool.store.errors import SdxlError
+from buildtool.store.presets import PRESETS, told
 
 Command = Callable[..., None]
 
@@ -61,6 +62,11 @@ artifacts_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text.")
 
 
+def _preset(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
+    context.default_map = dict(PRESETS[name].build) if name else None
+    return name
+
+
 def _build_options(command: Command) -> Command:
     """The options that every backend's command has, in the order of --help."""
     options = [
@@ -71,6 +77,13 @@ def _build_options(command: Command) -> Command:
             metavar="ID|DIR|FILE",
             help='Hub id, diffusers folder, single .safetensors file, "tiny" (the small model that ships with '
             'sdxl-build) or "random:sdxl-base" (full-size, random weights, for measuring).',
+        ),
+        click.option(
+            "--preset",
+            type=click.Choice([name for name, preset in PRESETS.items() if preset.build]),
+            is_eager=True,
+            callback=_preset,
+            help="A set of options, to which others may be added; sdxl-run has presets of the same names.",
         ),
         click.option("--revision", help="Branch, tag or commit of a hub model."),
         click.option("--variant", help='Variant of the weights files, such as "fp16".'),
@@ -216,6 +229,9 @@ def _build(backend: str, dry_run: bool, as_json: bool, options: dict[str, Any]) 
     from buildtool.store import machine
     from buildtool.store.store import Store
 
+    preset = options.pop("preset")
+    if preset and dry_run:
+        click.echo(f"--preset {preset}: {told(PRESETS[preset].build)}, but for what is given beside it", err=True)
     spec = plan.Spec(backend=backend, **{**options, "resolutions": tuple(dict.fromkeys(options["resolutions"]))})
     machine.share_cores()
     with Progress() as progress:

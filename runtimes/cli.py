@@ -15,6 +15,7 @@ from buildtool.store import machine
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
+from buildtool.store.presets import PRESETS, told
 from runtimes import jobs, timeline
 from runtimes.jobs import MAX_SEED, Job
 from runtimes.memory import MODES, RESIDENT
@@ -32,6 +33,11 @@ def _digests(context: click.Context, option: click.Parameter, values: tuple[str,
         if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
             raise click.BadParameter(f"{digest!r} is not a sha256 digest of 64 hexadecimal digits.")
     return digests
+
+
+def _preset(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
+    context.default_map = dict(PRESETS[name].run) if name else None
+    return name
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -59,6 +65,13 @@ def _digests(context: click.Context, option: click.Parameter, values: tuple[str,
     "--seed",
     type=click.IntRange(0, MAX_SEED),
     help="Seed of the first picture; the next ones count up.  [default: a random one, which is said]",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    is_eager=True,
+    callback=_preset,
+    help="A set of options, to which others may be added; -v says which.",
 )
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Denoising steps.")
 @click.option("--guidance", type=click.FloatRange(0), default=5.0, show_default=True, help="Guidance scale.")
@@ -139,6 +152,7 @@ def command(
     out: str | None,
     digests: tuple[str, ...],
     gpu_index: int | None,
+    preset: str | None,
     memory: str,
     dry_run: bool,
     as_json: bool,
@@ -153,6 +167,8 @@ def command(
     \b
     sdxl-run --engine "$(sdxl-build torch --model tiny --gpu cpu)" --prompt "a red fox" --seed 1
     """
+    if preset and verbose:
+        click.echo(f"--preset {preset}: {told(PRESETS[preset].run)}, but for what is given beside it", err=True)
     if bool(prompts) == bool(prompts_file):
         raise click.UsageError("Give either --prompt TEXT (repeatable) or --prompts FILE.")
     if dry_run and prompts_file == "-":

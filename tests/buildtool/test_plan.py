@@ -60,6 +60,21 @@ def test_an_encoder_is_in_the_key_and_leaves_all_other_code_as_it_is() -> None:
     assert "--with-encoder" in other.command
 
 
+def test_a_preset_is_its_options_and_no_ingredient_of_the_key(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from buildtool.cli import main
+
+    def path(*words: str) -> str:
+        common = ("torch", "--model", "tiny", "--gpu", "cpu", "--artifacts", str(tmp_path), "--dry-run")
+        done = CliRunner().invoke(main, [*common, *words])
+        assert done.exit_code == 0, done.output
+        return done.stdout.splitlines()[0]
+
+    assert path("--preset", "fastest") == path("--vae", "tiny") != path()
+    assert path("--preset", "fastest", "--vae", "default") == path("--preset", "quality") == path()
+
+
 def test_another_vae_changes_weights_and_code_of_the_vae_alone() -> None:
     plain, tiny = one(), one(vae="tiny")
     assert plain.key.weights["vae"] != tiny.key.weights["vae"]

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +18,7 @@ from PIL import Image
 import runtimes
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
+from buildtool.store.presets import PRESETS
 from runtimes import cli
 from tests.runtimes.stand_in import StandInPipeline, stand_in_artifact
 
@@ -278,6 +280,31 @@ def test_a_text_file_is_one_prompt_a_line(run, loaded, here):
     _, out, _ = run("--prompts", "p.txt", "--seed", 1, "--steps", 2)
     assert out == "sdxl-1.png\nsdxl-2.png\n"
     assert [call["prompt"] for call in loaded[0].calls] == [["a fox"], ["a cat"]]
+
+
+def test_a_preset_sets_what_nobody_gave(run, loaded):
+    Path("p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "guidance_until": 0.5}\n')
+    code, _, err = run("--prompts", "p.jsonl", "--seed", 1, "--preset", "fastest", "--steps", 7, "-v")
+    assert code == 0
+    assert [(call["steps"], call["guidance_until"]) for call in loaded[0].calls] == [(7, 0.75), (7, 0.5)]
+    assert "--preset fastest: --steps 30 --guidance-until 0.75, but for what is given beside it" in err
+    run("--prompt", "a", "--preset", "fastest")
+    assert (loaded[1].calls[0]["steps"], loaded[1].calls[0]["guidance_until"]) == (30, 0.75)
+    run("--prompt", "a")
+    assert loaded[2].calls[0]["steps"] == 50
+    assert run("--prompt", "a", "--preset", "slowest")[0] == 2
+
+
+def test_presets_name_options_that_are_there():
+    """All of them, of both programs, with values that those take."""
+    from buildtool.cli import torch_command
+
+    for preset in PRESETS.values():
+        for command, options in ((cli.command, preset.run), (torch_command, preset.build)):
+            named = {parameter.name: parameter for parameter in command.params}
+            for name, value in options.items():
+                context = click.Context(command)
+                assert named[name].process_value(context, str(value)) == value
 
 
 def test_json_lines_override_the_options(run, loaded, tmp_path, engine):
