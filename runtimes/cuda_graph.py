@@ -26,8 +26,11 @@ class GraphPool:
 
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.cuda.MemPool()
-        self.handle: Any = self.memory.id
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def handle(self) -> Any:
+        return self.memory.id
 
     @classmethod
     def of(cls, device: torch.device) -> "GraphPool":
@@ -36,11 +39,14 @@ class GraphPool:
         return cls._pools[device]
 
     @classmethod
-    def drop(cls, device: torch.device) -> None:
-        """Gives the memory back if no graph lies in it any more; the next graph gets a pool of its own."""
+    def empty(cls, device: torch.device) -> None:
+        """Gives a device's memory back, if no graph lies in it any more.
+
+        The stream stays: cuBLAS keeps a workspace for each stream that it has seen.
+        """
         pool = cls._pools.get(device)
         if pool is not None and pool.memory.use_count() == 1:  # torch aborts if a pool goes before its graphs
-            del cls._pools[device]
+            pool.memory = torch.cuda.MemPool()
 
 
 class GraphedCall:

@@ -340,7 +340,7 @@ class Pipeline:
         return embeds, negative, pooled, negative_pooled
 
     @torch.inference_mode()
-    def encode_image(
+    def encode_start_image(
         self,
         image: Any,
         count: int,

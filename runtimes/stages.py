@@ -39,7 +39,7 @@ def free(artifact: Artifact, keep: Collection[str]) -> None:
         log.info("Memory: all but %s were freed.", ", ".join(sorted(keep)))
         gc.collect()  # an engine and its CUDA graph refer to each other
         if cuda:
-            GraphPool.drop(artifact.device)
+            GraphPool.empty(artifact.device)
             torch.cuda.empty_cache()
 
 
@@ -101,7 +101,7 @@ class Stages:
         arguments.update(zip(names, made, strict=True))
 
     def _encode_image(self, arguments: dict[str, Any]) -> None:
-        arguments["image"] = self._pipeline.encode_image(
+        arguments["image"] = self._pipeline.encode_start_image(
             arguments["image"],
             len(arguments["generator"]),
             arguments["prompt_embeds"].dtype,

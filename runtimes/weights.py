@@ -20,6 +20,8 @@ log = logging.getLogger("runtimes")
 
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
 
+_PORTABLE = 1  # cudaHostRegister: page-locked for every context
+
 
 class Weights:
     """Weights files on one device, by digest.
@@ -119,7 +121,7 @@ class HostFile:
         self._address: int | None = None
         if pin:
             address = self.data.data_ptr()
-            code = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))  # type: ignore[no-untyped-call]
+            code = int(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE))  # type: ignore[no-untyped-call]
             if code:
                 log.info("%s can't be page-locked (CUDA error %d): it is copied more slowly.", path.name, code)
             else:

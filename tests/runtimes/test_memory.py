@@ -91,7 +91,7 @@ class StandInStages(StandInPipeline):
         self.order.append(f"encode {prompt[0]}")
         return tuple(torch.zeros(len(prompt)) for _ in range(4))
 
-    def encode_image(self, image: Any, count: int, dtype: torch.dtype, generator: Any, **_: Any) -> torch.Tensor:
+    def encode_start_image(self, image: Any, count: int, dtype: torch.dtype, generator: Any, **_: Any) -> torch.Tensor:
         self.order.append("encode image")
         return torch.zeros(count, dtype=dtype)
 
@@ -131,11 +131,13 @@ def test_a_run_takes_one_stage_after_the_other(tmp_path: Path) -> None:
 def test_a_pool_with_graphs_in_it_stays(graphs: int, gone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch aborts the process if a pool goes first."""
     device = torch.device("cuda", 7)
-    stand_in: Any = SimpleNamespace(memory=SimpleNamespace(use_count=lambda: 1 + graphs))
+    full = SimpleNamespace(use_count=lambda: 1 + graphs)
+    stand_in: Any = SimpleNamespace(memory=full)
     monkeypatch.setitem(GraphPool._pools, device, stand_in)
-    GraphPool.drop(device)
-    assert (device not in GraphPool._pools) == gone
-    GraphPool.drop(torch.device("cuda", 8))  # none was made
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: "a new one")
+    GraphPool.empty(device)
+    assert stand_in.memory == ("a new one" if gone else full)
+    GraphPool.empty(torch.device("cuda", 8))  # none was made
 
 
 # From here on with engines.
