@@ -11,16 +11,16 @@ import onnx_graphsurgeon as gs
 import onnx_ir
 import torch
 from onnx import ModelProto, TensorProto
-from onnxscript import opset23
+from onnxscript import opset18
 from torch import Tensor, nn
 
-from exporters import layout, weights
+from exporters import layout, onnx_cuda, weights
 from exporters.base import Exporter, ExportError, Request, StoredTensor, VariantCode
 from exporters.sdxl import DTYPES, Component, Configs, example_inputs, spec_of
 
-op: Any = opset23  # its own annotations refuse what it does
+op: Any = opset18  # its own annotations refuse what it does; the exporter raises the version
 OPSET = 23
-"""The first with Attention as one node."""
+"""The first with Attention as one node. The CUDA provider gets :data:`exporters.onnx_cuda.OPSET` instead."""
 IR_VERSION = 11
 """The one that came with opset 23; left to itself, onnx writes its newest, which runtimes of a year ago refuse."""
 EMBEDDED = 1 << 16
@@ -50,7 +50,7 @@ class OnnxExporter(Exporter):
     def _export(
         self, component: Component, variant: str, configs: Configs, request: Request, out: Path, stem: str
     ) -> VariantCode:
-        network = trace(component, variant, configs, request)
+        network = trace(component, variant, configs, request, _for_cuda(request))
         model = clean(network.model)
         used = attach(model, network.plan, weights.location(component.name))
         file = out / f"{stem}.onnx"
@@ -78,11 +78,18 @@ class Network:
     plan: dict[str, StoredTensor]
 
 
+def _for_cuda(request: Request) -> bool:
+    return request.options.get("provider") == "CUDAExecutionProvider"
+
+
 @torch.no_grad()
-def trace(component: Component, variant: str, configs: Configs, request: Request) -> Network:
+def trace(component: Component, variant: str, configs: Configs, request: Request, for_cuda: bool = False) -> Network:
     """The ONNX graph of a variant, as torch's exporter and onnxscript's optimizer leave it.
 
     Parameters become inputs before anything is optimized: what has no value can't be folded away.
+
+    Args:
+        for_cuda: whether every node has to be one that ONNX Runtime's CUDA provider has a kernel for.
     """
     module, plan = described(component, configs, request)
     _cast_sinusoids(module, DTYPES[component.precision(configs, request)])
@@ -94,11 +101,14 @@ def trace(component: Component, variant: str, configs: Configs, request: Request
         (),
         kwargs=inputs,
         output_names=component.outputs_of(variant),
-        opset_version=OPSET,
+        opset_version=onnx_cuda.OPSET if for_cuda else OPSET,
         dynamo=True,
         optimize=False,
         verbose=False,
-        custom_translation_table={torch.ops.aten.group_norm.default: _group_norm},
+        custom_translation_table={
+            torch.ops.aten.group_norm.default: _group_norm,
+            **(onnx_cuda.TRANSLATIONS if for_cuda else {}),
+        },
     )
     if exported is None:
         raise RuntimeError("torch.onnx.export returned nothing")
