@@ -171,8 +171,13 @@ def torch_command(dry_run: bool, as_json: bool, **options: Any) -> None:
 @_lora_option
 @_freeu_option
 @_deepcache_option
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"]),
+    help="What of ONNX Runtime runs it.  [default: cuda on a GPU, cpu on the CPU]",
+)
 def onnx_command(dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Builds ONNX graphs that ONNX Runtime runs, on a GPU (its CUDA provider) or on the CPU.
+    """Builds ONNX graphs that ONNX Runtime runs, on a GPU or on the CPU.
 
     Prints the artifact's folder, one line a resolution.
     """

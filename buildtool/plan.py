@@ -11,7 +11,7 @@ from buildtool.progress import Progress
 from buildtool.store import machine
 from buildtool.store.errors import SdxlError
 from buildtool.store.key import KEY_VERSION, ArtifactKey, CodeKey
-from exporters import registry, trt_flavor
+from exporters import onnx_providers, registry, trt_flavor
 from exporters.base import ExportError
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -57,6 +57,8 @@ class Spec:
     """Which of a backend's libraries builds."""
     compatibility: str = "none"
     """Which GPUs besides the one that is present shall run what is tuned for it."""
+    provider: str | None = None
+    """What of ONNX Runtime runs it; None for its CPU or CUDA provider."""
     golden: bool = True
     """Whether the artifact has golden tensors; without, nobody can check its numbers."""
     jobs: int = 0
@@ -92,6 +94,7 @@ class Plan:
             words += [option, value] if value else []
         for text in spec.lora:
             words += ["--lora", text]
+        words += ["--provider", spec.provider] if spec.provider else []
         if "flavor" in self.key.options:
             words += ["--flavor", self.key.options["flavor"]]
             words += [] if spec.golden else ["--no-golden"]
@@ -123,6 +126,11 @@ def plan(spec: Spec, progress: Progress | None = None) -> list[Plan]:
         raise SdxlError(f"On a CPU the {spec.backend} backend runs in fp32, not {precision}.", "Leave --precision out.")
     if spec.batch < 1:
         raise SdxlError(f"--batch is the images per call, at least 1; {spec.batch} was given.")
+    if spec.provider:
+        try:
+            row = row.provided(target.device, onnx_providers.choose(spec.provider, target.device))
+        except ExportError as error:
+            raise SdxlError(error.message, error.hint) from None
     if not row.targets:
         gpu.require_present(target, spec.backend)
 
@@ -256,7 +264,9 @@ def _code_options(row: registry.Backend, options: Mapping[str, Any], weights: st
     """What of the artifact's options shapes a component's code; with it the digest of weights that the code holds."""
     if row.weighted:
         return {**{n: v for n, v in options.items() if n not in NOT_IN_CODE}, "weights": weights}
-    return {n: v for n, v in options.items() if n == "tf32" and upcast}
+    read = {n: v for n, v in options.items() if n == "tf32" and upcast}
+    # The CUDA provider's graphs are its own; those of other providers on a GPU are told apart from them.
+    return {**read, "provider": row.provider} if row.provider else read
 
 
 def _unet_code_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The onnx backend: one ``.onnx`` a variant, without weights, which lie in the component's safetensors file."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from onnx import ModelProto, TensorProto
 from onnxscript import opset18
 from torch import Tensor, nn
 
-from exporters import layout, onnx_cuda, weights
+from exporters import layout, onnx_cuda, onnx_providers, weights
 from exporters.base import Exporter, ExportError, Request, StoredTensor, VariantCode
 from exporters.sdxl import DTYPES, Component, Configs, example_inputs, spec_of
 
@@ -41,11 +40,7 @@ class OnnxExporter(Exporter):
             raise ExportError(
                 f"The onnx backend runs in fp32 and fp16 on a GPU, not in {request.precision}.", "Use --precision fp16."
             )
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise ExportError(
-                "The onnx backend checks what it builds with onnxruntime, which is not installed.",
-                "pip install 'sdxl-build[onnx]'",
-            )
+        onnx_providers.check_installed(request.options["provider"])
 
     def _export(
         self, component: Component, variant: str, configs: Configs, request: Request, out: Path, stem: str
@@ -79,7 +74,7 @@ class Network:
 
 
 def _for_cuda(request: Request) -> bool:
-    return request.options.get("provider") == "CUDAExecutionProvider"
+    return request.options.get("provider") == onnx_providers.PROVIDERS["cuda"].title
 
 
 @torch.no_grad()

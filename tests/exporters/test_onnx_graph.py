@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor
 
 import runtimes
-from buildtool import models
+from buildtool import gpu, models, plan
 from buildtool.store import manifest
+from buildtool.store.errors import SdxlError
 from exporters import sdxl, weights
 from exporters.base import ExportError, Request, StoredTensor, VariantCode
 from tests.conftest import Builder
@@ -208,6 +211,57 @@ def test_what_is_not_built_is_told(device: str, precision: str, told: str) -> No
 
 
 def test_without_onnxruntime_nothing_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_graph.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ExportError, match=r"pip install 'sdxl-build\[onnx\]'"):
-        onnx_graph.OnnxExporter().check_request(FP32)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ExportError, match=r"not installed\. pip install 'sdxl-build\[onnx\]'"):
+        onnx_graph.OnnxExporter().check_request(on("CPUExecutionProvider", precision="fp32", device="cpu"))
+
+
+def on(provider: str, **changes: Any) -> Request:
+    return dataclasses.replace(FP16, **{"device": "cuda:0", "options": {"provider": provider}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("provider", "install"),
+    [
+        ("CUDAExecutionProvider", "pip install onnxruntime-gpu"),
+        ("TensorrtExecutionProvider", "pip install onnxruntime-gpu tensorrt"),
+        ("NvTensorRTRTXExecutionProvider", "pip install onnxruntime-trt-rtx"),
+    ],
+)
+def test_a_provider_that_the_installed_onnxruntime_lacks_is_told_before_any_work(
+    provider: str, install: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a stand-in for the onnxruntime that has only the CPU's."""
+    there = types.SimpleNamespace(__version__="1.0", get_available_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setitem(sys.modules, "onnxruntime", there)
+    with pytest.raises(ExportError, match=rf"^{provider} was asked for, .* 1\.0 here has: CPUEx.*\. {install}$"):
+        onnx_graph.OnnxExporter().check_request(on(provider))
+    there.get_available_providers = lambda: [provider, "CPUExecutionProvider"]
+    onnx_graph.OnnxExporter().check_request(on(provider))
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt", "nv-tensorrt-rtx"])
+def test_a_provider_of_gpus_is_refused_for_a_cpu_and_the_cpus_for_a_gpu(
+    provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SdxlError, match=rf"--provider {provider} runs on a GPU, .*for a CPU.*--gpu auto"):
+        planned("cpu", provider)
+    monkeypatch.setattr(gpu, "require_present", lambda target, backend: None)  # as if it were here
+    with pytest.raises(SdxlError, match=r"--provider cpu runs on a CPU, .*cuda, tensorrt, nv-tensorrt-rtx.*--gpu cpu"):
+        planned("sm90", "cpu")
+
+
+def test_a_provider_is_in_the_keys_and_in_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "require_present", lambda target, backend: None)  # as if it were here
+    plain, cuda, rtx = (planned("sm90", name) for name in (None, "cuda", "nv-tensorrt-rtx"))
+    assert cuda.key == plain.key and cuda.code_keys == plain.code_keys
+    assert rtx.key.options["provider"] == "NvTensorRTRTXExecutionProvider"
+    assert rtx.key.digest != planned("sm90", "tensorrt").key.digest != plain.key.digest
+    assert all(rtx.code_keys[name].digest != plain.code_keys[name].digest for name in plain.code_keys)
+    assert "--provider nv-tensorrt-rtx" in " ".join(rtx.command)
+    assert planned("cpu", "cpu").key == planned("cpu", None).key
+
+
+def planned(target: str, provider: str | None) -> plan.Plan:
+    (made,) = plan.plan(plan.Spec(backend="onnx", model="tiny", gpu=target, provider=provider))
+    return made
