@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from buildtool.store.errors import SdxlError
-from buildtool.store.manifest import Manifest
+from buildtool.store.manifest import Manifest, TensorSpec
 from runtimes import onnx_session
 from runtimes.onnx_session import OnnxSessionEngine, OnnxSessionLoader
 from tests.runtimes.stand_in import stand_in_manifest
@@ -63,7 +63,7 @@ def test_each_provider_is_given_its_own_settings() -> None:
     """Another's are refused by ONNX Runtime. None of these was run but the CUDA provider's."""
     form = stand_in_manifest().components["unet"].variants["cfg"]
     single, half = (
-        msgspec.structs.replace(form, outputs=tuple(msgspec.structs.replace(o, dtype=dtype) for o in form.outputs))
+        msgspec.structs.replace(form, outputs=(TensorSpec(name="x", shape=(1,), dtype=dtype, stride=(1,)),))
         for dtype in ("float32", "float16")
     )
     gpu = torch.device("cuda:1")
