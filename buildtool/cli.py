@@ -207,6 +207,11 @@ def onnx_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     show_default=True,
     help="GPUs that shall run an engine of TensorRT proper: this one, its compute capability, or any from Ampere.",
 )
+@click.option(
+    "--dynamic",
+    metavar="MINxMIN..MAXxMAX",
+    help="Engines for every size from one to the other, best at --resolution.  [default: for --resolution alone]",
+)
 def trt_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Builds TensorRT engines, with TensorRT-RTX on a machine with any GPU or none: --gpu sm86,sm89,sm120.
 

@@ -13,9 +13,9 @@ from onnx import ModelProto, TensorProto
 from onnxscript import opset18
 from torch import Tensor, nn
 
-from exporters import layout, onnx_cuda, onnx_providers, weights
+from exporters import dynamic, layout, onnx_cuda, onnx_providers, weights
 from exporters.base import Exporter, ExportError, Request, StoredTensor, VariantCode
-from exporters.sdxl import DTYPES, Component, Configs, example_inputs, spec_of
+from exporters.sdxl import DTYPES, Component, Configs, example_inputs, spec_of, vae_scale_factor
 
 op: Any = opset18  # its own annotations refuse what it does; the exporter raises the version
 OPSET = 23
@@ -89,8 +89,10 @@ def trace(component: Component, variant: str, configs: Configs, request: Request
     module, plan = described(component, configs, request)
     _cast_sinusoids(module, DTYPES[component.precision(configs, request)])
     inputs = example_inputs(component, configs, dataclasses.replace(request, device="meta"), variant)
-    program = torch.export.export(module, (), kwargs=inputs, strict=False)
-    results = [node.meta["val"] for node in program.graph.find_nodes(op="output")[0].args[0]]
+    program = torch.export.export(
+        module, (), kwargs=inputs, strict=False, dynamic_shapes=_dynamic_shapes(inputs, configs, request)
+    )
+    results = [_as_traced(node.meta["val"]) for node in program.graph.find_nodes(op="output")[0].args[0]]
     exported = torch.onnx.export(
         program,
         (),
@@ -124,6 +126,27 @@ def trace(component: Component, variant: str, configs: Configs, request: Request
     model = onnx_ir.to_proto(exported.model)
     model.producer_name, model.producer_version = "sdxl-build", ""
     return Network(model, inputs, dict(zip(component.outputs_of(variant), results, strict=True)), plan)
+
+
+def _dynamic_shapes(inputs: Mapping[str, Tensor], configs: Configs, request: Request) -> dict[str, Any] | None:
+    """What of the inputs' shapes is left open: the sides of latents, as multiples of what the UNet halves them to."""
+    sizes = request.options.get("dynamic")
+    if sizes is None or not inputs.keys() & set(dynamic.SIZED):
+        return None
+    factor = vae_scale_factor(configs["vae"])
+    step = dynamic.step(factor, configs["unet"])
+    sides = {}
+    for place, side, name in ((2, 1, "height"), (3, 0, "width")):
+        least, most = sizes["min"][side] // step, sizes["max"][side] // step
+        if least < most:
+            sides[place] = (step // factor) * torch.export.Dim(name, min=least, max=most)
+    return {name: sides if name in dynamic.SIZED else None for name in inputs}
+
+
+def _as_traced(tensor: Tensor) -> Tensor:
+    """The tensor with the sizes that it had while it was traced in place of open ones."""
+    sizes = [size if isinstance(size, int) else size.node.hint for size in tensor.shape]
+    return torch.empty(sizes, dtype=tensor.dtype, device="meta")
 
 
 def described(component: Component, configs: Configs, request: Request) -> tuple[nn.Module, dict[str, StoredTensor]]:
@@ -171,9 +194,9 @@ def _group_norm(
     groups = op.Reshape(input, op.Constant(value_ints=[0, num_groups, -1]))
     one = op.CastLike(op.Constant(value_floats=[1.0] * num_groups), input)
     zero = op.CastLike(op.Constant(value_floats=[0.0] * num_groups), input)
-    normed = op.Reshape(
-        op.InstanceNormalization(groups, one, zero, epsilon=eps), op.Constant(value_ints=list(input.shape))
-    )
+    fixed = all(isinstance(size, int) for size in input.shape)
+    shape_of_input = op.Constant(value_ints=list(input.shape)) if fixed else op.Shape(input)
+    normed = op.Reshape(op.InstanceNormalization(groups, one, zero, epsilon=eps), shape_of_input)
     shape = op.Constant(value_ints=[channels] + [1] * (len(input.shape) - 2))
     scaled = normed if weight is None else op.Mul(normed, op.Reshape(weight, shape))
     return scaled if bias is None else op.Add(scaled, op.Reshape(bias, shape))
