@@ -184,8 +184,13 @@ def torch_command(dry_run: bool, as_json: bool, **options: Any) -> None:
 @_lora_option
 @_freeu_option
 @_deepcache_option
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"]),
+    help="What of ONNX Runtime runs it.  [default: cuda on a GPU, cpu on the CPU]",
+)
 def onnx_command(dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Builds ONNX graphs that ONNX Runtime runs, on a GPU (its CUDA provider) or on the CPU.
+    """Builds ONNX graphs that ONNX Runtime runs, on a GPU or on the CPU.
 
     Prints the artifact's folder, one line a resolution.
     """
@@ -214,6 +219,11 @@ def onnx_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     default="none",
     show_default=True,
     help="GPUs that shall run an engine of TensorRT proper: this one, its compute capability, or any from Ampere.",
+)
+@click.option(
+    "--dynamic",
+    metavar="MINxMIN..MAXxMAX",
+    help="Engines for every size from one to the other, best at --resolution.  [default: for --resolution alone]",
 )
 def trt_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Builds TensorRT engines, with TensorRT-RTX on a machine with any GPU or none: --gpu sm86,sm89,sm120.

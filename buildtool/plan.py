@@ -11,7 +11,7 @@ from buildtool.progress import Progress
 from buildtool.store import machine
 from buildtool.store.errors import SdxlError
 from buildtool.store.key import KEY_VERSION, ArtifactKey, CodeKey
-from exporters import registry, trt_flavor
+from exporters import dynamic, onnx_providers, registry, trt_flavor
 from exporters.base import ExportError
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -24,7 +24,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 # Settings of a VAE's config that its graph doesn't read: fine-tunes that differ in them share code.
 NOT_COMPILED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size")
 
-NOT_IN_CODE = ("golden", "encoder", "freeu", "deepcache", "lora")
+NOT_IN_CODE = ("golden", "encoder", "freeu", "deepcache", "lora", "dynamic")
 """Options that shape no component's code, or not every component's."""
 
 
@@ -57,6 +57,10 @@ class Spec:
     """Which of a backend's libraries builds."""
     compatibility: str = "none"
     """Which GPUs besides the one that is present shall run what is tuned for it."""
+    dynamic: str | None = None
+    """The range of sizes that engines make, ``MINxMIN..MAXxMAX``."""
+    provider: str | None = None
+    """What of ONNX Runtime runs it; None for its CPU or CUDA provider."""
     golden: bool = True
     """Whether the artifact has golden tensors; without, nobody can check its numbers."""
     jobs: int = 0
@@ -92,6 +96,8 @@ class Plan:
             words += [option, value] if value else []
         for text in spec.lora:
             words += ["--lora", text]
+        for option, value in (("--provider", spec.provider), ("--dynamic", spec.dynamic)):
+            words += [option, value] if value else []
         if "flavor" in self.key.options:
             words += ["--flavor", self.key.options["flavor"]]
             words += [] if spec.golden else ["--no-golden"]
@@ -123,6 +129,18 @@ def plan(spec: Spec, progress: Progress | None = None) -> list[Plan]:
         raise SdxlError(f"On a CPU the {spec.backend} backend runs in fp32, not {precision}.", "Leave --precision out.")
     if spec.batch < 1:
         raise SdxlError(f"--batch is the images per call, at least 1; {spec.batch} was given.")
+    if spec.dynamic and not row.flavors:
+        raise SdxlError(
+            f"The {spec.backend} backend compiles for one size, and --dynamic {spec.dynamic} asks for a range.",
+            "Build several: repeat --resolution. A range: sdxl-build trt",
+        )
+    if spec.dynamic and spec.freeu:
+        raise SdxlError("--freeu filters a picture of one size; --dynamic asks for a range.", "Leave one of them out.")
+    if spec.provider:
+        try:
+            row = row.provided(target.device, onnx_providers.choose(spec.provider, target.device))
+        except ExportError as error:
+            raise SdxlError(error.message, error.hint) from None
     if not row.targets:
         gpu.require_present(target, spec.backend)
 
@@ -203,6 +221,8 @@ def _plan(
         options |= {"golden": spec.golden, "compatibility": spec.compatibility}
     if spec.with_encoder:  # left out where it isn't, so that such artifacts keep their keys
         options["encoder"] = True
+    if spec.dynamic is not None:
+        options["dynamic"] = _dynamic(spec.dynamic, source, width, height, factor)
     if spec.freeu is not None:
         options["freeu"] = unet_options.freeu(spec.freeu, source.configs["unet"])
     if spec.deepcache is not None:
@@ -246,17 +266,31 @@ def _plan(
             batch=spec.batch if sized else 0,
             precision="fp32" if of == "vae" and upcast else precision,
             options=_code_options(row, options, source.weights[of], of == "vae" and upcast)
-            | (_unet_code_options(options) if component == "unet" else {}),
+            | (_unet_code_options(options) if component == "unet" else {})
+            | ({"dynamic": options["dynamic"]} if sized and "dynamic" in options else {}),
             toolchain=toolchain,
         )
     return Plan(spec, source, target, width, height, key, codes)
+
+
+def _dynamic(asked: str, source: models.Source, width: int, height: int, factor: int) -> dict[str, list[int]]:
+    """The range of sizes that ``--dynamic`` names, which has to hold the resolution."""
+    step = dynamic.step(factor, source.configs["unet"])
+    try:
+        sizes = dynamic.parse(asked, step)
+        dynamic.check_holds(sizes, width, height, step)
+    except ExportError as error:
+        raise SdxlError(error.message, error.hint) from None
+    return sizes
 
 
 def _code_options(row: registry.Backend, options: Mapping[str, Any], weights: str, upcast: bool) -> dict[str, Any]:
     """What of the artifact's options shapes a component's code; with it the digest of weights that the code holds."""
     if row.weighted:
         return {**{n: v for n, v in options.items() if n not in NOT_IN_CODE}, "weights": weights}
-    return {n: v for n, v in options.items() if n == "tf32" and upcast}
+    read = {n: v for n, v in options.items() if n == "tf32" and upcast}
+    # The CUDA provider's graphs are its own; those of other providers on a GPU are told apart from them.
+    return {**read, "provider": row.provider} if row.provider else read
 
 
 def _unet_code_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The onnx backend: one ``.onnx`` a variant, without weights, which lie in the component's safetensors file."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,16 @@ import onnx_graphsurgeon as gs
 import onnx_ir
 import torch
 from onnx import ModelProto, TensorProto
-from onnxscript import opset23
+from onnxscript import opset18
 from torch import Tensor, nn
 
-from exporters import layout, weights
+from exporters import dynamic, layout, onnx_cuda, onnx_providers, weights
 from exporters.base import Exporter, ExportError, Request, StoredTensor, VariantCode
-from exporters.sdxl import DTYPES, Component, Configs, example_inputs, spec_of
+from exporters.sdxl import DTYPES, Component, Configs, example_inputs, spec_of, vae_scale_factor
 
-op: Any = opset23  # its own annotations refuse what it does
+op: Any = opset18  # its own annotations refuse what it does; the exporter raises the version
 OPSET = 23
-"""The first with Attention as one node."""
+"""The first with Attention as one node. The CUDA provider gets :data:`exporters.onnx_cuda.OPSET` instead."""
 IR_VERSION = 11
 """The one that came with opset 23; left to itself, onnx writes its newest, which runtimes of a year ago refuse."""
 EMBEDDED = 1 << 16
@@ -41,16 +40,12 @@ class OnnxExporter(Exporter):
             raise ExportError(
                 f"The onnx backend runs in fp32 and fp16 on a GPU, not in {request.precision}.", "Use --precision fp16."
             )
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise ExportError(
-                "The onnx backend checks what it builds with onnxruntime, which is not installed.",
-                "pip install 'sdxl-build[onnx]'",
-            )
+        onnx_providers.check_installed(request.options["provider"])
 
     def _export(
         self, component: Component, variant: str, configs: Configs, request: Request, out: Path, stem: str
     ) -> VariantCode:
-        network = trace(component, variant, configs, request)
+        network = trace(component, variant, configs, request, _for_cuda(request))
         model = clean(network.model)
         used = attach(model, network.plan, weights.location(component.name))
         file = out / f"{stem}.onnx"
@@ -78,27 +73,39 @@ class Network:
     plan: dict[str, StoredTensor]
 
 
+def _for_cuda(request: Request) -> bool:
+    return request.options.get("provider") == onnx_providers.PROVIDERS["cuda"].title
+
+
 @torch.no_grad()
-def trace(component: Component, variant: str, configs: Configs, request: Request) -> Network:
+def trace(component: Component, variant: str, configs: Configs, request: Request, for_cuda: bool = False) -> Network:
     """The ONNX graph of a variant, as torch's exporter and onnxscript's optimizer leave it.
 
     Parameters become inputs before anything is optimized: what has no value can't be folded away.
+
+    Args:
+        for_cuda: whether every node has to be one that ONNX Runtime's CUDA provider has a kernel for.
     """
     module, plan = described(component, configs, request)
     _cast_sinusoids(module, DTYPES[component.precision(configs, request)])
     inputs = example_inputs(component, configs, dataclasses.replace(request, device="meta"), variant)
-    program = torch.export.export(module, (), kwargs=inputs, strict=False)
-    results = [node.meta["val"] for node in program.graph.find_nodes(op="output")[0].args[0]]
+    program = torch.export.export(
+        module, (), kwargs=inputs, strict=False, dynamic_shapes=_dynamic_shapes(inputs, configs, request)
+    )
+    results = [_as_traced(node.meta["val"]) for node in program.graph.find_nodes(op="output")[0].args[0]]
     exported = torch.onnx.export(
         program,
         (),
         kwargs=inputs,
         output_names=component.outputs_of(variant),
-        opset_version=OPSET,
+        opset_version=onnx_cuda.OPSET if for_cuda else OPSET,
         dynamo=True,
         optimize=False,
         verbose=False,
-        custom_translation_table={torch.ops.aten.group_norm.default: _group_norm},
+        custom_translation_table={
+            torch.ops.aten.group_norm.default: _group_norm,
+            **(onnx_cuda.TRANSLATIONS if for_cuda else {}),
+        },
     )
     if exported is None:
         raise RuntimeError("torch.onnx.export returned nothing")
@@ -119,6 +126,27 @@ def trace(component: Component, variant: str, configs: Configs, request: Request
     model = onnx_ir.to_proto(exported.model)
     model.producer_name, model.producer_version = "sdxl-build", ""
     return Network(model, inputs, dict(zip(component.outputs_of(variant), results, strict=True)), plan)
+
+
+def _dynamic_shapes(inputs: Mapping[str, Tensor], configs: Configs, request: Request) -> dict[str, Any] | None:
+    """What of the inputs' shapes is left open: the sides of latents, as multiples of what the UNet halves them to."""
+    sizes = request.options.get("dynamic")
+    if sizes is None or not inputs.keys() & set(dynamic.SIZED):
+        return None
+    factor = vae_scale_factor(configs["vae"])
+    step = dynamic.step(factor, configs["unet"])
+    sides = {}
+    for place, side, name in ((2, 1, "height"), (3, 0, "width")):
+        least, most = sizes["min"][side] // step, sizes["max"][side] // step
+        if least < most:
+            sides[place] = (step // factor) * torch.export.Dim(name, min=least, max=most)
+    return {name: sides if name in dynamic.SIZED else None for name in inputs}
+
+
+def _as_traced(tensor: Tensor) -> Tensor:
+    """The tensor with the sizes that it had while it was traced in place of open ones."""
+    sizes = [size if isinstance(size, int) else size.node.hint for size in tensor.shape]
+    return torch.empty(sizes, dtype=tensor.dtype, device="meta")
 
 
 def described(component: Component, configs: Configs, request: Request) -> tuple[nn.Module, dict[str, StoredTensor]]:
@@ -166,9 +194,9 @@ def _group_norm(
     groups = op.Reshape(input, op.Constant(value_ints=[0, num_groups, -1]))
     one = op.CastLike(op.Constant(value_floats=[1.0] * num_groups), input)
     zero = op.CastLike(op.Constant(value_floats=[0.0] * num_groups), input)
-    normed = op.Reshape(
-        op.InstanceNormalization(groups, one, zero, epsilon=eps), op.Constant(value_ints=list(input.shape))
-    )
+    fixed = all(isinstance(size, int) for size in input.shape)
+    shape_of_input = op.Constant(value_ints=list(input.shape)) if fixed else op.Shape(input)
+    normed = op.Reshape(op.InstanceNormalization(groups, one, zero, epsilon=eps), shape_of_input)
     shape = op.Constant(value_ints=[channels] + [1] * (len(input.shape) - 2))
     scaled = normed if weight is None else op.Mul(normed, op.Reshape(weight, shape))
     return scaled if bias is None else op.Add(scaled, op.Reshape(bias, shape))

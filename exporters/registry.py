@@ -26,6 +26,7 @@ class Backend:
         targets: what it builds for on any machine; empty: only for what is present.
         one_of: packages that bring the same library under several names; one is needed, and is in the key.
         flavors: libraries that it can build with, by name; :meth:`flavored` gives the row of one.
+        provider: what runs it, where that isn't what its options say by themselves (:meth:`provided`).
     """
 
     exporter: str
@@ -40,6 +41,7 @@ class Backend:
     targets: tuple[str, ...] = ()
     one_of: tuple[str, ...] = ()
     flavors: Mapping[str, Flavor] = field(default_factory=dict)
+    provider: str = ""
 
     def flavored(self, name: str) -> "Backend":
         """The row of one of its flavors."""
@@ -52,6 +54,13 @@ class Backend:
             install=flavor.install,
             options={kind: {**options, "flavor": name} for kind, options in self.options.items()},
         )
+
+    def provided(self, device: str, provider: str) -> "Backend":
+        """The row for another of ONNX Runtime's execution providers; itself for the one that it has anyway."""
+        options = self.options[device]
+        if options["provider"] == provider:
+            return self
+        return replace(self, provider=provider, options={device: {**options, "provider": provider}})
 
 
 BACKENDS = {
@@ -69,7 +78,7 @@ BACKENDS = {
         exporter="exporters.onnx_graph:OnnxExporter",
         loader="onnx_session",
         distributions=("diffusers", "onnx", "onnxscript", "onnx-ir", "onnx-graphsurgeon"),
-        version=2,
+        version=3,
         tunes=False,
         install="pip install 'sdxl-build[onnx]'",
         options={

@@ -10,11 +10,12 @@ import os
 import signal
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from exporters.base import ExportError, TensorSpec
+from exporters.dynamic import Shapes
 from exporters.trt_flavor import FLAVORS
 
 DTYPES = {
@@ -42,6 +43,7 @@ class Settings:
         tf32: whether fp32 products may use TF32.
         compatibility: which other GPUs shall run an engine of ``tensorrt``, a key of :data:`LEVELS`.
         timing_cache: ``tensorrt``'s timings of earlier builds, read and written; None for none.
+        profile: input -> its smallest, best and largest shape, for inputs whose shape isn't fixed.
     """
 
     flavor: str
@@ -49,11 +51,12 @@ class Settings:
     tf32: bool
     compatibility: str = "none"
     timing_cache: Path | None = None
+    profile: Mapping[str, Shapes] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What the network that was built takes and gives, in its own words."""
+    """What the network that was built takes and gives, in its own words: -1 for what an open size is."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -98,6 +101,11 @@ def build(
     built = Built(_specs(network.num_inputs, network.get_input), _specs(network.num_outputs, network.get_output))
     config = builder.create_builder_config()
     cache = configure(trt, config, settings)
+    if settings.profile:
+        profile = builder.create_optimization_profile()
+        for name, shapes in settings.profile.items():
+            profile.set_shape(name, *shapes)
+        config.add_optimization_profile(profile)
     stop = threading.Event()
     config.progress_monitor = monitor = _monitor(trt, progress, stop)
     with _interruptible(stop), open(engine, "wb") as file:

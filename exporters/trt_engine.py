@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from exporters import trt_build, trt_room, trt_share, weights
+from exporters import dynamic, trt_build, trt_room, trt_share, weights
 from exporters.base import Exporter, ExportError, Request, StoredTensor, TensorSpec, VariantCode
 from exporters.sdxl import DTYPES, Component, Configs, spec_of
 from exporters.trt_build import Settings
@@ -74,9 +74,10 @@ class TrtExporter(Exporter):
     ) -> VariantCode:
         drawn = graph(component, variant, configs, request, stem)
         log = out / f"{stem}.log"
+        settings = dataclasses.replace(_settings(request), profile=_profile(drawn.inputs, request))
         try:
             with open(log, "w", encoding="utf-8") as messages:
-                built = trt_build.build(drawn.file, out / f"{stem}.engine", messages, _settings(request), self.progress)
+                built = trt_build.build(drawn.file, out / f"{stem}.engine", messages, settings, self.progress)
         except ExportError:
             sys.stderr.write(log.read_text(encoding="utf-8"))  # this process's log is what is kept of a failure
             raise
@@ -124,9 +125,25 @@ def _in_order(stem: str, declared: tuple[TensorSpec, ...], there: tuple[TensorSp
         RuntimeError: they are not what the component declares: a run would compute nonsense.
     """
     by_name = {spec.name: spec for spec in there}
-    if by_name != {spec.name: spec for spec in declared}:
+    if by_name.keys() != {spec.name for spec in declared} or not all(_fits(by_name[s.name], s) for s in declared):
         raise RuntimeError(f"the network of {stem} has {there}; the component declares {declared}")
-    return tuple(by_name[spec.name] for spec in declared)
+    return declared
+
+
+def _fits(found: TensorSpec, declared: TensorSpec) -> bool:
+    """Whether a network's tensor is the component's, which may have any size where the network leaves it open."""
+    if -1 not in found.shape:
+        return found == declared
+    pairs = list(zip(found.shape, declared.shape, strict=True)) if len(found.shape) == len(declared.shape) else []
+    return found.dtype == declared.dtype and bool(pairs) and all(size in (-1, wanted) for size, wanted in pairs)
+
+
+def _profile(inputs: tuple[TensorSpec, ...], request: Request) -> dict[str, dynamic.Shapes]:
+    """The shapes of those inputs whose size is left open (``--dynamic``)."""
+    sizes = request.options.get("dynamic")
+    if sizes is None:
+        return {}
+    return {s.name: dynamic.shapes(s, sizes, request.width, request.height) for s in inputs if s.name in dynamic.SIZED}
 
 
 def _settings(request: Request) -> Settings:

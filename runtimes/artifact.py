@@ -1,5 +1,6 @@
 """An artifact's folder, opened: its manifest, and its engines as they are asked for."""
 
+import copy
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -13,13 +14,14 @@ from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
 from buildtool.store.store import missing_files
-from runtimes import gpu_upload, memory, registry
+from runtimes import gpu_upload, memory, registry, sizes
 from runtimes.base import Engine, Size, rebuild_hint
 from runtimes.gpu_upload import Uploads
 from runtimes.weights import Weights
 
 Engines = dict[tuple[str, ...], Engine]
-"""Loaded engines by the digests of code and weights: artifacts of several resolutions share them."""
+"""Loaded engines by their inputs' shapes and the digests of code and weights: artifacts of several resolutions share
+them."""
 
 
 class Artifact:
@@ -40,6 +42,7 @@ class Artifact:
         self.device = device
         self._weights = weights
         self._engines = engines
+        self._origin: Artifact | None = None
         problems = missing_files(folder, manifest)
         if problems:
             raise SdxlError(problems[0], rebuild_hint(manifest))
@@ -50,6 +53,12 @@ class Artifact:
     def size(self) -> Size:
         """(width, height) in pixels."""
         return self.manifest.key.width, self.manifest.key.height
+
+    def resized(self, size: Size) -> "Artifact":
+        """The same artifact for another (width, height) that it makes; weights and engines are shared."""
+        made = copy.copy(self)
+        made.manifest, made._origin = sizes.resized(self.manifest, size), self
+        return made
 
     @property
     def batch(self) -> int:
@@ -64,10 +73,13 @@ class Artifact:
         described = self.manifest.components[component]
         form = described.variants[variant]
         files = [form.file, described.weights] if described.weights else [form.file]
-        digests = (component, variant, *(self.manifest.files[f].sha256 for f in files))
+        shapes = str([spec.shape for spec in form.inputs])  # one file may serve several sizes
+        digests = (component, variant, shapes, *(self.manifest.files[f].sha256 for f in files))
         if digests not in self._engines:
             made = self.unchecked_engine(component, variant)
-            if form.check.status == "deferred":
+            if form.check.status == "deferred" and self._origin is not None:
+                self._origin.engine(component, variant)  # golden tensors are of its size
+            elif form.check.status == "deferred":
                 from runtimes import check
 
                 check.ensure(self, component, variant, made)
@@ -88,7 +100,7 @@ class Artifact:
         others = [digests for digests in self._engines if digests[0] not in keep]
         for digests in others:
             del self._engines[digests]
-        kept = {digest for digests in self._engines for digest in digests[2:]}
+        kept = {digest for digests in self._engines for digest in digests[3:]}
         return self._weights.free(kept) or bool(others)
 
     def tensors(self, component: str, weights: Weights | None = None) -> dict[str, Tensor]:
@@ -151,14 +163,14 @@ def open_all(
     memory.check(mode, [manifest for _, manifest in read])
     where = device_for(read[0][1], device)
     first = read[0][1].key
-    sizes: dict[Size, Path] = {}
+    taken: dict[Size, Path] = {}
     for path, manifest in read:
         key = manifest.key
         if (key.tokenizers, key.configs["scheduler"]) != (first.tokenizers, first.configs["scheduler"]):
             raise SdxlError(f"{path} and {read[0][0]} are of different models; load them one at a time.")
-        if (key.width, key.height) in sizes:
-            raise SdxlError(f"{path} and {sizes[key.width, key.height]} both make {key.width}x{key.height}.")
-        sizes[key.width, key.height] = path
+        if (key.width, key.height) in taken:
+            raise SdxlError(f"{path} and {taken[key.width, key.height]} both make {key.width}x{key.height}.")
+        taken[key.width, key.height] = path
     weights, engines = Weights(where, offload=mode == memory.MODEL_OFFLOAD), Engines()
     opened = [Artifact(path, manifest, where, weights, engines) for path, manifest in read]
     # Once nothing is left to refuse: the weights come in while engines are opened and prompts encoded.

@@ -45,11 +45,7 @@ class OnnxSessionEngine(Engine):
         unwanted: list[str] = []
         if device.type == "cuda":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # one slow node would be silent
-            settings = {
-                "device_id": str(device.index or 0),
-                "use_tf32": str(int(tf32)),
-                "arena_extend_strategy": "kSameAsRequested",
-            }
+            settings = _settings(provider, variant, device, tf32)
         else:
             # Packing and folding (of the transposed matrices) would copy most weights, once a session.
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -88,6 +84,16 @@ class OnnxSessionEngine(Engine):
 
     def _place(self, spec: TensorSpec) -> tuple[str, int, int, tuple[int, ...]]:
         return self.device.type, self.device.index or 0, ELEMENTS[spec.dtype], spec.shape
+
+
+def _settings(provider: str, variant: Variant, device: torch.device, tf32: bool) -> dict[str, str]:
+    """A provider's own options on a GPU; each refuses those of the others."""
+    settings = {"device_id": str(device.index or 0)}
+    if provider == "CUDAExecutionProvider":
+        settings |= {"use_tf32": str(int(tf32)), "arena_extend_strategy": "kSameAsRequested"}
+    if provider == "TensorrtExecutionProvider" and any(spec.dtype == "float16" for spec in variant.outputs):
+        settings["trt_fp16_enable"] = "1"  # else it computes fp16 graphs in fp32
+    return settings
 
 
 def _buffer(spec: TensorSpec, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from runtimes.base import Clock, Size
 from runtimes.denoiser import Conditioning, Denoiser
 from runtimes.lora import Loras
 from runtimes.noise import randn
+from runtimes.sizes import build_command, described, find
 
 Generators = torch.Generator | list[torch.Generator] | None
 REFUSED = ("clip_skip", "cross_attention_kwargs", "ip_adapter_image", "ip_adapter_image_embeds")
@@ -48,6 +49,8 @@ class Pipeline:
     memory: str = "resident"
     _named: dict[str, Any] = field(default_factory=dict, repr=False)
     _parts: dict[Size, tuple[encode.PromptEncoder, Denoiser]] = field(default_factory=dict, repr=False)
+
+    _resized: dict[Size, Artifact] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.scheduler, str) or (self.scheduler is None and schedulers.is_built_in(self._settings)):
@@ -374,13 +377,16 @@ class Pipeline:
         """
         first = self.artifacts[0]
         wanted = (width or first.size[0], height or first.size[1])
-        for artifact in self.artifacts:
-            if artifact.size == wanted:
-                return artifact
-        there = ", ".join(f"{w}x{h}" for w, h in self.sizes)
+        manifests = [artifact.manifest for artifact in self.artifacts]
+        number = find(manifests, wanted)
+        if number is not None:
+            artifact = self.artifacts[number]
+            if artifact.size != wanted and wanted not in self._resized:
+                self._resized[wanted] = artifact.resized(wanted)
+            return artifact if artifact.size == wanted else self._resized[wanted]
         raise SdxlError(
-            f"No loaded artifact makes {wanted[0]}x{wanted[1]}; they make: {there}.",
-            f"Build it: {' '.join(_with_size(first.manifest.command, wanted))}",
+            f"No loaded artifact makes {wanted[0]}x{wanted[1]}; they make: {described(manifests)}.",
+            f"Build it: {build_command(first.manifest, wanted)}",
         )
 
     def _load(self, artifact: Artifact, wanted: dict[tuple[str, str], bool]) -> None:
@@ -523,9 +529,3 @@ def _refuse(arguments: dict[str, Any], callback_inputs: Sequence[str]) -> None:
         raise SdxlError(
             f"A callback can see and change latents, not {', '.join(others)}: conditions are laid out once."
         )
-
-
-def _with_size(command: Sequence[str], size: Size) -> list[str]:
-    """A build command with its resolution replaced."""
-    kept = [a for i, a in enumerate(command) if a != "--resolution" and (i == 0 or command[i - 1] != "--resolution")]
-    return [*kept, "--resolution", f"{size[0]}x{size[1]}"]

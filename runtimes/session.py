@@ -1,7 +1,6 @@
 """One run of ``sdxl-run``: jobs to calls of the pipeline, pictures to files, and what it all took."""
 
 import resource
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ import msgspec
 from buildtool.store import lora
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
-from runtimes import deepcache, memory, names, schedulers, timeline
+from runtimes import deepcache, memory, names, schedulers, sizes, timeline
 from runtimes.jobs import Job, Parameters
 
 Size = tuple[int, int]
@@ -122,15 +121,20 @@ class Planner:
             self._count += 1
 
     def _manifest(self, width: int, height: int) -> Manifest:
-        return next(m for m in self._manifests if (m.key.width, m.key.height) == (width, height))
+        found = sizes.find(self._manifests, (width, height))
+        assert found is not None, "no artifact makes the size of a picture that was planned"
+        return self._manifests[found]
 
     def _size(self, width: int | None, height: int | None) -> Size:
         """The first artifact's size that has the given width and height; None fits any."""
-        sizes = [(manifest.key.width, manifest.key.height) for manifest in self._manifests]
-        for w, h in sizes:
+        own = [sizes.own(manifest) for manifest in self._manifests]
+        for w, h in own:
             if width in (None, w) and height in (None, h):
                 return w, h
-        there = ", ".join(f"{w}x{h}" for w, h in sizes)
+        for manifest, (w, h) in zip(self._manifests, own, strict=True):
+            if sizes.makes(manifest, (width or w, height or h)):
+                return width or w, height or h
+        there = sizes.described(self._manifests)
         for name, value in (("width", width), ("height", height)):
             if value is not None and value % 8:
                 raise SdxlError(
@@ -138,20 +142,11 @@ class Planner:
                     f"The artifacts given make {there}.",
                 )
         asked = f"{width}x{height}" if width and height else f"a {'width' if width else 'height'} of {width or height}"
-        wanted = f"{width or sizes[0][0]}x{height or sizes[0][1]}"
+        wanted = (width or own[0][0], height or own[0][1])
         raise SdxlError(
             f"No engine makes {asked}; the artifacts given make {there}.",
-            f"Build one: {build_command(self._manifests[0], wanted)}",
+            f"Build one: {sizes.build_command(self._manifests[0], wanted)}",
         )
-
-
-def build_command(manifest: Manifest, size: str) -> str:
-    """The command that built an artifact, for another ``WxH``."""
-    words = list(manifest.command)
-    while "--resolution" in words:
-        i = words.index("--resolution")
-        del words[i : i + 2]
-    return shlex.join([*words, "--resolution", size])
 
 
 class Session:

@@ -64,6 +64,11 @@ class Device:
         else:
             engine.move(self.activations)
 
+    def opened(self, path: Path) -> Any:
+        """The engine of a file that is open already for other sizes, with its weights; else None."""
+        there = (engine for engine in self._engines if engine.path == path)
+        return next((engine._engine for engine in there if engine.sizes_are_open), None)
+
     @property
     def held(self) -> int:
         """Bytes of GPU memory that the engines here took by themselves, which torch doesn't count."""
@@ -93,14 +98,16 @@ class TrtEngine(Engine):
         self, path: Path, name: str, variant: Variant, where: Device, hint: str = "", graphs: bool = True
     ) -> None:
         super().__init__(name, variant, where.device)
+        self.path = path
         self._where, self._trt = where, where.library
         self._graph: GraphedCall | None = None
         self._cache: Any = None
         free = free_bytes(where.device)
         with timeline.span(f"open {name}"), on(where.device):
-            self._engine = _deserialize(path, name.partition(".")[0], where, hint)
+            self._engine = where.opened(path) or _deserialize(path, name.partition(".")[0], where, hint)
             self._check(path, variant, hint)
             self._context = self._make_context(path, name)
+            self._choose_sizes(variant)
         self.memory = {
             "engine": max(0, free - free_bytes(where.device)),
             "activations": int(self._engine.device_memory_size_v2),
@@ -117,6 +124,10 @@ class TrtEngine(Engine):
         if graphs and where.device.type == "cuda" and self._capturable():
             self._graph = GraphedCall(name, self._launch, variant.inputs, variant.outputs, where.device)
         log.info("%s: %s", name, ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in self.memory.items()))
+
+    @property
+    def sizes_are_open(self) -> bool:
+        return any(-1 in tuple(self._engine.get_tensor_shape(spec.name)) for spec in self.inputs)
 
     def move(self, activations: Tensor | None) -> None:
         """Uses other activation memory from now on: a recorded graph holds the old address."""
@@ -146,9 +157,17 @@ class TrtEngine(Engine):
             n: (tuple(self._engine.get_tensor_shape(n)), _dtype(self._engine.get_tensor_dtype(n).name)) for n in names
         }
         wanted = {spec.name: (tuple(spec.shape), spec.dtype) for spec in (*variant.inputs, *variant.outputs)}
-        if found != wanted:
-            odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        odd = sorted(n for n in found.keys() | wanted.keys() if not _fits(found.get(n), wanted.get(n)))
+        if odd:
             raise SdxlError(f"{path} takes and gives other tensors than its manifest says: {', '.join(odd)}.", hint)
+
+    def _choose_sizes(self, variant: Variant) -> None:
+        """Tells the context the sizes of inputs that the engine leaves open; another size has a context of its own."""
+        for spec in variant.inputs:
+            if -1 in tuple(self._engine.get_tensor_shape(spec.name)) and not self._context.set_input_shape(
+                spec.name, spec.shape
+            ):
+                raise self._refused(f"can't make {self.name} for {spec.name} of {tuple(spec.shape)}")
 
     def _capturable(self) -> bool:
         if os.environ.get(GRAPHS) == "0":
@@ -260,6 +279,13 @@ def gpu_name(device: torch.device) -> str:
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # else nobody outside of an inference mode could write to it again
         return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def _fits(found: Any, wanted: Any) -> bool:
+    """Whether an engine's (shape, dtype) is the manifest's; -1 is a size that the engine leaves open."""
+    if found is None or wanted is None or found[1] != wanted[1] or len(found[0]) != len(wanted[0]):
+        return False
+    return all(size in (-1, other) for size, other in zip(found[0], wanted[0], strict=True))
 
 
 def _bytes(spec: TensorSpec) -> int:

@@ -1,6 +1,9 @@
 """The onnx backend's graphs: whole ONNX models without weights, on which every tensor of a checkpoint acts."""
 
+import dataclasses
 import shutil
+import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,19 +13,23 @@ import torch
 from torch import Tensor
 
 import runtimes
-from buildtool import models
+from buildtool import gpu, models, plan
 from buildtool.store import manifest
+from buildtool.store.errors import SdxlError
 from exporters import sdxl, weights
-from exporters.base import ExportError, Request, StoredTensor
+from exporters.base import ExportError, Request, StoredTensor, VariantCode
 from tests.conftest import Builder
 from tests.exporters import perturbation
+from tests.exporters.cuda_kernels import without_kernel
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 from exporters import onnx_graph  # noqa: E402
 
 FP32 = perturbation.REQUEST
-FP16 = Request(width=64, height=64, batch=1, precision="fp16", device="cpu", target="cpu-avx2")
+FP16 = Request(width=64, height=64, batch=1, precision="fp16", device="cpu", target="sm90")
+CUDA = {"provider": "CUDAExecutionProvider"}
+FREEU = {"freeu": {"s1": 0.9, "s2": 0.2, "b1": 1.3, "b2": 1.4}}
 COMPONENTS = [component.name for component in sdxl.COMPONENTS]
 
 
@@ -116,18 +123,21 @@ def test_a_second_checkpoint_compiles_nothing(sdxl_build: Builder, micro_onnx_ar
     assert second.key.options == {"provider": "CPUExecutionProvider"}
 
 
-def exported(component: str, micro_model: Path, request: Request, out: Path) -> tuple[Any, Any]:
-    """(the description, the model's path with its weights beside it) of a component's first variant."""
-    row, source = sdxl.component(component), models.resolve(str(micro_model))
-    code = onnx_graph.OnnxExporter()._export(row, row.variants[0], source.configs, request, out, component)
+def exported(
+    component: str, micro_model: Path, request: Request, out: Path, **config: Any
+) -> tuple[sdxl.Component, VariantCode, Path, dict[str, Any]]:
+    """A component's first variant, with ``config`` in place of the model's: row, description, file, configs."""
+    row, source = sdxl.component(component, request.options), models.resolve(str(micro_model))
+    configs = {**source.configs, row.source: {**source.configs[row.source], **config}}
+    code = onnx_graph.OnnxExporter()._export(row, row.variants[0], configs, request, out, component)
     (out / "weights").mkdir()
     weights.write(out / weights.location(component), code.tensors, source.tensors(row.source))
-    return code, out / code.file
+    return row, code, out / code.file, configs
 
 
 @pytest.mark.slow
 def test_graphs_are_clean(micro_model: Path, tmp_path: Path) -> None:
-    found = ops(load(exported("unet", micro_model, FP32, tmp_path)[1]))
+    found = ops(load(exported("unet", micro_model, FP32, tmp_path)[2]))
     assert not {"Cast", "CastLike", "Identity", "Constant", "Shape", "Range", "SplitToSequence"} & set(found)
     assert found.count("Attention") == 8 and "Softmax" not in found
     assert "GroupNormalization" not in found  # ONNX Runtime would compute its variance as E[x²] - E[x]²
@@ -138,24 +148,44 @@ def test_the_same_request_gives_the_same_bytes_and_no_path_of_this_machine(micro
     made = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        made.append(exported("text_encoder", micro_model, FP32, folder)[1].read_bytes())
+        made.append(exported("text_encoder", micro_model, FP32, folder)[2].read_bytes())
     assert made[0] == made[1]
     assert b".py" not in made[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize(
+    ("component", "options", "config"),
+    [
+        *((component, CUDA, {}) for component in COMPONENTS if component != "unet"),
+        ("unet", CUDA | FREEU, {}),
+        ("text_encoder_2", CUDA, {"eos_token_id": 5, "hidden_act": "gelu_new"}),
+        ("unet", {}, {}),
+    ],
+)
 @torch.no_grad()
-def test_half_precision_graphs_are_valid_and_run(component: str, micro_model: Path, tmp_path: Path) -> None:
-    """fp32 sinusoids meet fp16 embeddings in the UNet, which ONNX's Concat refuses unless they are cast."""
-    code, path = exported(component, micro_model, FP16, tmp_path)
+def test_half_precision_graphs_are_valid_and_run(
+    component: str, options: dict[str, Any], config: dict[str, Any], micro_model: Path, tmp_path: Path
+) -> None:
+    """On the CPU; for the CUDA provider, of nodes that it has kernels for, by its own table.
+
+    fp32 sinusoids meet fp16 embeddings in the UNet, which ONNX's Concat refuses unless they are cast.
+    """
+    request = dataclasses.replace(FP16, options=options)
+    row, code, path, configs = exported(component, micro_model, request, tmp_path, **config)
     onnx.checker.check_model(path, full_check=True)
-    row, source = sdxl.component(component), models.resolve(str(micro_model))
-    inputs = sdxl.example_inputs(row, source.configs, FP16, row.variants[0])
+    missing = without_kernel(load(path))
+    if options:
+        assert not missing
+        assert "Softmax" not in ops(load(path))
+    else:  # what TensorRT is given; an H100 with onnxruntime-gpu 1.30 named the same three
+        assert missing == {"Sin-22(float)", "Cos-22(float)", "InstanceNormalization-22(float16)"}
+    inputs = sdxl.example_inputs(row, configs, request, row.variants[0])
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     made = session.run(None, {n: t.numpy() for n, t in inputs.items()})
     exact = {n: t.float() if t.is_floating_point() else t for n, t in inputs.items()}
-    wanted = row.reference(source.configs[row.source], source.tensors(row.source), "cpu")(**exact)
+    tensors = models.resolve(str(micro_model)).tensors(row.source)
+    wanted = row.reference(configs[row.source], tensors, "cpu")(**exact)
     for got, want, spec in zip(made, wanted, code.outputs, strict=True):
         assert str(got.dtype) == spec.dtype == "float16"
         assert float((torch.from_numpy(got).float() - want).norm() / want.norm()) < row.tolerance["fp16"]
@@ -181,6 +211,57 @@ def test_what_is_not_built_is_told(device: str, precision: str, told: str) -> No
 
 
 def test_without_onnxruntime_nothing_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_graph.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ExportError, match=r"pip install 'sdxl-build\[onnx\]'"):
-        onnx_graph.OnnxExporter().check_request(FP32)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ExportError, match=r"not installed\. pip install 'sdxl-build\[onnx\]'"):
+        onnx_graph.OnnxExporter().check_request(on("CPUExecutionProvider", precision="fp32", device="cpu"))
+
+
+def on(provider: str, **changes: Any) -> Request:
+    return dataclasses.replace(FP16, **{"device": "cuda:0", "options": {"provider": provider}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("provider", "install"),
+    [
+        ("CUDAExecutionProvider", "pip install onnxruntime-gpu"),
+        ("TensorrtExecutionProvider", "pip install onnxruntime-gpu tensorrt"),
+        ("NvTensorRTRTXExecutionProvider", "pip install onnxruntime-trt-rtx"),
+    ],
+)
+def test_a_provider_that_the_installed_onnxruntime_lacks_is_told_before_any_work(
+    provider: str, install: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a stand-in for the onnxruntime that has only the CPU's."""
+    there = types.SimpleNamespace(__version__="1.0", get_available_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setitem(sys.modules, "onnxruntime", there)
+    with pytest.raises(ExportError, match=rf"^{provider} was asked for, .* 1\.0 here has: CPUEx.*\. {install}$"):
+        onnx_graph.OnnxExporter().check_request(on(provider))
+    there.get_available_providers = lambda: [provider, "CPUExecutionProvider"]
+    onnx_graph.OnnxExporter().check_request(on(provider))
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt", "nv-tensorrt-rtx"])
+def test_a_provider_of_gpus_is_refused_for_a_cpu_and_the_cpus_for_a_gpu(
+    provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SdxlError, match=rf"--provider {provider} runs on a GPU, .*for a CPU.*--gpu auto"):
+        planned("cpu", provider)
+    monkeypatch.setattr(gpu, "require_present", lambda target, backend: None)  # as if it were here
+    with pytest.raises(SdxlError, match=r"--provider cpu runs on a CPU, .*cuda, tensorrt, nv-tensorrt-rtx.*--gpu cpu"):
+        planned("sm90", "cpu")
+
+
+def test_a_provider_is_in_the_keys_and_in_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "require_present", lambda target, backend: None)  # as if it were here
+    plain, cuda, rtx = (planned("sm90", name) for name in (None, "cuda", "nv-tensorrt-rtx"))
+    assert cuda.key == plain.key and cuda.code_keys == plain.code_keys
+    assert rtx.key.options["provider"] == "NvTensorRTRTXExecutionProvider"
+    assert rtx.key.digest != planned("sm90", "tensorrt").key.digest != plain.key.digest
+    assert all(rtx.code_keys[name].digest != plain.code_keys[name].digest for name in plain.code_keys)
+    assert "--provider nv-tensorrt-rtx" in " ".join(rtx.command)
+    assert planned("cpu", "cpu").key == planned("cpu", None).key
+
+
+def planned(target: str, provider: str | None) -> plan.Plan:
+    (made,) = plan.plan(plan.Spec(backend="onnx", model="tiny", gpu=target, provider=provider))
+    return made

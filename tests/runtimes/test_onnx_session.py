@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from buildtool.store.errors import SdxlError
-from buildtool.store.manifest import Manifest
+from buildtool.store.manifest import Manifest, TensorSpec
 from runtimes import onnx_session
 from runtimes.onnx_session import OnnxSessionEngine, OnnxSessionLoader
 from tests.runtimes.stand_in import stand_in_manifest
@@ -57,6 +57,20 @@ def test_a_file_that_is_no_graph_is_told(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SdxlError, match=r"can't load .*unet\.onnx"):
         OnnxSessionEngine(tmp_path / "unet.onnx", "unet.cfg", form, "CPUExecutionProvider", CPU)
     assert capsys.readouterr().out == ""  # stdout is for paths
+
+
+def test_each_provider_is_given_its_own_settings() -> None:
+    """Another's are refused by ONNX Runtime. None of these was run but the CUDA provider's."""
+    form = stand_in_manifest().components["unet"].variants["cfg"]
+    single, half = (
+        msgspec.structs.replace(form, outputs=(TensorSpec(name="x", shape=(1,), dtype=dtype, stride=(1,)),))
+        for dtype in ("float32", "float16")
+    )
+    gpu = torch.device("cuda:1")
+    assert onnx_session._settings("NvTensorRTRTXExecutionProvider", half, gpu, tf32=True) == {"device_id": "1"}
+    assert onnx_session._settings("TensorrtExecutionProvider", single, gpu, tf32=True) == {"device_id": "1"}
+    fp16 = onnx_session._settings("TensorrtExecutionProvider", half, gpu, tf32=False)
+    assert fp16 == {"device_id": "1", "trt_fp16_enable": "1"}
 
 
 @pytest.mark.parametrize(
