@@ -62,9 +62,11 @@ artifacts_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text.")
 
 
-def _preset(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
-    context.default_map = dict(PRESETS[name].build) if name else None
-    return name
+def _preset(context: click.Context, option: click.Parameter, name: str | None) -> None:
+    """What nobody gives is the preset's. It isn't passed on: what is built and its key know only of its options."""
+    if name is not None:
+        context.default_map = dict(PRESETS[name].build)
+        context.meta["preset"] = f"--preset {name}: {told(PRESETS[name].build)}, but for what is given beside it"
 
 
 def _build_options(command: Command) -> Command:
@@ -82,6 +84,7 @@ def _build_options(command: Command) -> Command:
             "--preset",
             type=click.Choice([name for name, preset in PRESETS.items() if preset.build]),
             is_eager=True,
+            expose_value=False,
             callback=_preset,
             help="A set of options, to which others may be added; sdxl-run has presets of the same names.",
         ),
@@ -239,9 +242,9 @@ def _build(backend: str, dry_run: bool, as_json: bool, options: dict[str, Any]) 
     from buildtool.store import machine
     from buildtool.store.store import Store
 
-    preset = options.pop("preset")
+    preset = click.get_current_context().meta.get("preset")
     if preset and dry_run:
-        click.echo(f"--preset {preset}: {told(PRESETS[preset].build)}, but for what is given beside it", err=True)
+        click.echo(preset, err=True)
     spec = plan.Spec(backend=backend, **{**options, "resolutions": tuple(dict.fromkeys(options["resolutions"]))})
     machine.share_cores()
     with Progress() as progress:
