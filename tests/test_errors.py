@@ -1,5 +1,6 @@
 """What a user can mend ends in one line on stderr and the right exit code, at the command line itself."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -21,6 +22,10 @@ Done = subprocess.CompletedProcess[str]
 BUILD = (sys.executable, "-m", "buildtool.cli")
 RUN = (sys.executable, "-m", "runtimes.cli")
 ROOT = Path(__file__).parents[1]
+NEEDS_RTX = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="TensorRT-RTX is not installed: pip install 'sdxl-build[trt]'",
+)
 EMPTY = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 """A machine without a GPU, whatever this one has."""
 
@@ -317,9 +322,20 @@ def test_a_compiler_that_fails_is_quoted(micro_model: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
-def test_ctrl_c_ends_a_build_and_its_compilers(micro_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "sign"),
+    [
+        (("torch", "--gpu", "cpu"), "inductor"),
+        pytest.param(  # TensorRT has begun to build an engine
+            ("trt", "--gpu", "sm86", "--no-golden", "--jobs", "1"), "*.progress", marks=NEEDS_RTX
+        ),
+    ],
+)
+def test_ctrl_c_ends_a_build_and_its_compilers(
+    words: tuple[str, ...], sign: str, micro_model: Path, tmp_path: Path
+) -> None:
     root = tmp_path / "store"
-    words = (*BUILD, "torch", "--gpu", "cpu", "--model", str(micro_model), "--artifacts", str(root))
+    words = (*BUILD, *words, "--model", str(micro_model), "--artifacts", str(root))
     build = subprocess.Popen(
         words,
         stdout=subprocess.PIPE,
@@ -330,9 +346,10 @@ def test_ctrl_c_ends_a_build_and_its_compilers(micro_model: Path, tmp_path: Path
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
-    while not list(root.glob("v1/staging/*/inductor")) and build.poll() is None and time.monotonic() < deadline:
+    while not list(root.glob(f"v1/staging/*/{sign}")) and build.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(_with_mark(str(root))) > 1, "no compiler has started"
+    assert list(root.glob(f"v1/staging/*/{sign}")), "no compiler has begun"
+    assert len(_with_mark(str(root))) > 1
     build.send_signal(signal.SIGINT)
     out, err = build.communicate(timeout=60)
     # Python may end itself with SIGINT after all; a shell shows that as 130 too.
@@ -343,6 +360,7 @@ def test_ctrl_c_ends_a_build_and_its_compilers(micro_model: Path, tmp_path: Path
     assert _with_mark(str(root)) == []
     assert list((root / "v1" / "staging").iterdir()) == []
     assert not list((root / "v1").glob("micro/*/*"))
+    assert not list((root / "v1").glob("code/*"))
 
 
 def _with_mark(mark: str) -> list[int]:

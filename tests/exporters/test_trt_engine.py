@@ -1,6 +1,6 @@
 """The trt backend's build half: real engines by TensorRT-RTX with no GPU; TensorRT proper by a stand-in library."""
 
-import importlib.util
+import dataclasses
 import json
 import os
 import signal
@@ -21,12 +21,8 @@ from exporters import registry, sdxl, trt_build, trt_engine, trt_flavor, trt_roo
 from exporters.base import ExportError, Request, TensorSpec
 from exporters.trt_build import Phases, Settings
 from runtimes.trt_pieces import Pieces
-from tests.test_errors import BUILD, call, one_line
+from tests.test_errors import BUILD, NEEDS_RTX, call, one_line
 
-NEEDS_RTX = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None,
-    reason="TensorRT-RTX is not installed: pip install 'sdxl-build[trt]'",
-)
 OPTIONS = {"flavor": "rtx", "tf32": True, "compatibility": "none", "golden": True}
 REQUEST = Request(64, 64, 1, "fp16", "cpu", "sm86+sm120", OPTIONS)
 
@@ -115,8 +111,6 @@ def job(tmp_path: Path) -> Any:
         file.parent.mkdir(exist_ok=True)
         plan = trt_engine.TrtExporter().layout(row, source.configs, request)
         weights.write(file, plan, source.tensors(row.source))
-        import dataclasses
-
         return row, source, dataclasses.replace(request, weights=str(file))
 
     return prepare
@@ -153,7 +147,7 @@ def test_the_network_is_strongly_typed_and_the_one_that_onnxruntime_vouches_for(
 def test_progress_is_told_and_the_network_is_compared_with_the_component(
     job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row, source, request = job("text_encoder")
+    row, source, request = job("text_encoder", dataclasses.replace(REQUEST, target="sm86"))  # one target
     exporter, parts = trt_engine.TrtExporter(), []
     exporter.progress = parts.append  # type: ignore[method-assign, assignment]
     code = exporter.export(row, "main", source.configs, request, tmp_path)
@@ -405,7 +399,9 @@ def test_the_command_builds_the_same_key() -> None:
 
     planned = one(gpu="sm86,sm120", golden=False, batch=2, resolutions=((320, 192),))
     params = command.make_context("trt", list(planned.command[2:])).params
-    (again,) = plan.plan(Spec(backend="trt", **{k: v for k, v in params.items() if k not in ("dry_run", "as_json")}))
+    (again,) = plan.plan(
+        Spec(backend="trt", **{k: v for k, v in params.items() if k not in ("dry_run", "as_json", "preset")})
+    )
     assert again.key == planned.key
 
 
