@@ -1,37 +1,48 @@
-"""What is measured: an artifact with a set of options, in ``sdxl-run`` processes of its own."""
+"""What is measured: an artifact or a peer with a set of options, each in a process of its own."""
 
 import itertools
 import json
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from buildtool.bench import peer
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
 
 RUN = (sys.executable, "-m", "runtimes.cli")
+PEER = (sys.executable, "-m", "buildtool.bench.peer")
 
 
 @dataclass(frozen=True)
 class Case:
-    """An artifact and the fields that every line of its prompts file gets (``steps``, ``guidance_until``, …)."""
+    """An artifact and the fields that every line of its prompts file gets (``steps``, ``guidance_until``, …).
+
+    With ``peer``, one of ``peer.PEERS``, that one draws with the model that the artifact was built from.
+    """
 
     number: int
     folder: Path
     manifest: Manifest
     options: Mapping[str, Any]
+    peer: str = ""
 
     @property
     def name(self) -> str:
         key = self.manifest.key
-        words = [f"{key.backend} {key.precision} {key.width}x{key.height}"]
-        words += [f"{name} {_told(value)}" for name, value in key.options.items() if name in ("freeu", "deepcache")]
+        words = [
+            f"{peer.PEERS[self.peer].title if self.peer else key.backend} {key.precision} {key.width}x{key.height}"
+        ]
+        words += [f"vae {key.vae}"] if key.vae != "default" else []
+        told = ("freeu",) if self.peer else ("freeu", "deepcache")
+        words += [f"{name} {_told(value)}" for name, value in key.options.items() if name in told]
         words += [f"{name.replace('_', '-')}={value}" for name, value in self.options.items()]
         return ", ".join(words)
 
@@ -40,12 +51,16 @@ class Case:
 class Result:
     """Seconds by the process's own timeline; a picture's are from the prompt to the saved file.
 
-    ``first`` is from the process's start to the first saved picture; ``build`` what the compilers took that built the
+    ``load`` is from the process's start until it can be called, ``extra`` what its first call takes beyond a later one
+    (compiling, recording graphs, loading what loads late), ``first`` from the start to the first saved picture;
+    ``build`` what the compilers took that built the
     artifact, added up; None if its code was there already.
     """
 
     case: Case
     build: float | None
+    load: float = 0.0
+    extra: float = 0.0
     first: float = 0.0
     seconds: list[float] = field(default_factory=list)
     steps_per_second: float = 0.0
@@ -80,23 +95,27 @@ def parse_options(text: str) -> dict[str, Any]:
     return found
 
 
-def open_cases(folders: Sequence[Path], options: Sequence[Mapping[str, Any]]) -> list[Case]:
-    """Every artifact with every set of options, in that order.
+def open_cases(folders: Sequence[Path], options: Sequence[Mapping[str, Any]], peers: Sequence[str] = ()) -> list[Case]:
+    """Every artifact with every set of options, then every peer of the first artifact with every set.
 
     Raises:
         SdxlError: a folder is no artifact.
     """
-    pairs = [(folder, manifests.read(folder), some) for folder in folders for some in options]
-    return [Case(number, *pair) for number, pair in enumerate(pairs, 1)]
+    read = [(folder, manifests.read(folder), "") for folder in folders]
+    read += [(*read[0][:2], name) for name in peers]
+    pairs = [(one, some) for one in read for some in options]
+    return [Case(i, folder, manifest, some, name) for i, ((folder, manifest, name), some) in enumerate(pairs, 1)]
 
 
 def check(case: Case, prompts: Sequence[tuple[str, int]], folder: Path) -> None:
-    """Has ``sdxl-run`` look at the case without loading anything.
+    """Has ``sdxl-run`` look at the case without loading anything; peers are asked too.
 
     Raises:
         SdxlError: what it said, in its words.
     """
-    _run(case, ["--dry-run"], _write(case, prompts, 1, folder))
+    if case.peer:
+        peer.check(case.peer, case.manifest, case.options)
+    _sdxl_run(case, ["--dry-run"], _write(case, prompts, 1, folder))
 
 
 def measure(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: Path) -> Result:
@@ -107,9 +126,10 @@ def measure(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: P
         folder: where pictures and the prompts file go.
 
     Raises:
-        SdxlError: what ``sdxl-run`` said when it failed.
+        SdxlError: what the process said when it failed.
     """
-    report = _run(case, [], _write(case, prompts, runs, folder))
+    file = _write(case, prompts, runs, folder)
+    report = _peer(case, file) if case.peer else _sdxl_run(case, [], file)
     spans: dict[str, list[tuple[float, float]]] = {}
     for span in report["timeline"]:
         spans.setdefault(span["name"], []).append((span["start"], span["end"]))
@@ -117,13 +137,18 @@ def measure(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: P
     saved = [end for _, end in spans["save"]]
     # A call of the pipeline makes a batch of pictures; the first call warms up.
     calls = [saved[start : start + batch] for start in range(0, len(saved), batch)]
+    seconds = [(call[-1] - before[-1]) / len(call) for before, call in itertools.pairwise(calls)]
+    load = spans["load" if case.peer else "open artifact"][0][1]
+    build = sum(s for stage, s in case.manifest.build_seconds.items() if stage.endswith(": compile"))
     steps = report["images"][-1]["steps"]
     loops = spans["denoise"][1:]
     return Result(
         case=case,
-        build=sum(s for stage, s in case.manifest.build_seconds.items() if stage.endswith(": compile")) or None,
+        build=None if case.peer else build or None,
+        load=load,
+        extra=max(calls[0][-1] - load - mean(seconds) * len(calls[0]), 0.0),
         first=saved[0],
-        seconds=[(call[-1] - before[-1]) / len(call) for before, call in itertools.pairwise(calls)],
+        seconds=seconds,
         steps_per_second=steps * len(loops) / sum(end - start for start, end in loops),
         peak_memory_bytes=report["peak_memory_bytes"],
         pictures=[_picture(case, folder, number) for number in range(len(prompts))],
@@ -145,13 +170,20 @@ def _write(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: Pa
     return file
 
 
-def _run(case: Case, words: Sequence[str], prompts: Path) -> dict[str, Any]:
-    command = [*RUN, "--engine", str(case.folder), "--prompts", str(prompts), "--json", "--quiet", *words]
+def _sdxl_run(case: Case, words: Sequence[str], prompts: Path) -> dict[str, Any]:
+    return _run(case, [*RUN, "--engine", str(case.folder), "--prompts", str(prompts), "--json", "--quiet", *words])
+
+
+def _peer(case: Case, prompts: Path) -> dict[str, Any]:
+    return _run(case, [*PEER, case.peer, str(case.folder), str(prompts), str(time.time())])
+
+
+def _run(case: Case, command: Sequence[str]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"sdxl-run ended with {done.returncode}"]
+        said = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
         raise SdxlError(f"{case.name}: {said[-1].removeprefix('Error: ')}")
-    report: dict[str, Any] = json.loads(done.stdout)
+    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])  # libraries print, too
     return report
 
 

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import click
 
+from buildtool.bench.peer import PEERS
 from buildtool.store.errors import SdxlError
 
 # The kinds of a public comparison of SDXL's optimizations: portrait, interior, macro photograph, rendered scene.
@@ -37,6 +38,13 @@ PROMPTS = (
     help="Options of a run, by the names of its JSON lines, measured with every engine; repeatable.",
 )
 @click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    type=click.Choice(list(PEERS)),
+    help="Also diffusers' own pipeline with the first engine's model: as it is, or made faster; repeatable.",
+)
+@click.option(
     "--prompts",
     "file",
     type=click.Path(path_type=Path),
@@ -58,10 +66,17 @@ PROMPTS = (
     metavar="FOLDER",
     help="For report.html, results.json, results.md and the pictures.",
 )
-def command(engines: tuple[str, ...], sets: tuple[str, ...], file: Path | None, runs: int, out: Path) -> None:
+def command(
+    engines: tuple[str, ...],
+    sets: tuple[str, ...],
+    peers: tuple[str, ...],
+    file: Path | None,
+    runs: int,
+    out: Path,
+) -> None:
     """Measure artifacts and options side by side: seconds, memory, and how the pictures differ.
 
-    Every engine runs with every set of options, each in a fresh `sdxl-run`, one after the other; the first is what the
+    Every engine runs with every set of options, each in a fresh process, one after the other; the first is what the
     others' pictures are compared with. The page's path goes to stdout.
 
     \b
@@ -73,7 +88,7 @@ def command(engines: tuple[str, ...], sets: tuple[str, ...], file: Path | None, 
     folders = [Path(line) for engine in engines for line in engine.splitlines() if line.strip()]
     options = [cases.parse_options(text) for text in sets] or [{}]
     prompts = _prompts(file)
-    found = cases.open_cases(folders, options)
+    found = cases.open_cases(folders, options, list(dict.fromkeys(peers)))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,6 +126,7 @@ def _about(runs: int, results: Sequence[object]) -> dict[str, object]:
         "runs of every prompt": runs,
         "GPU": ", ".join(gpu.name for gpu in gpus) or "none",
         "torch": version("torch"),
+        "diffusers": version("diffusers"),
     }
 
 

@@ -15,7 +15,10 @@ from buildtool.bench.cases import Result
 from buildtool.bench.likeness import psnr, ssim
 from buildtool.store.files import human_size
 
-COLUMNS = ("case", "s a picture", "±", "steps/s", "first picture, s", "compilers, s", "memory", "GPU", "PSNR", "SSIM")
+COLUMNS = (
+    "case", "s a picture", "±", "steps/s", "load, s", "first call, + s", "first picture, s", "compilers, s", "memory",
+    "GPU", "PSNR", "SSIM",
+)  # fmt: skip
 THUMB, MARGIN, TEXT = 256, 12, 18
 INK, PAPER, BAR = (32, 33, 36), (255, 255, 255), (66, 110, 180)
 
@@ -44,6 +47,8 @@ def _row(result: Result, decibels: float, similarity: float) -> Row:
         f"{result.mean:.3f}",
         f"{result.spread:.3f}",
         f"{result.steps_per_second:.2f}",
+        f"{result.load:.2f}",
+        f"{result.extra:.2f}",
         f"{result.first:.2f}",
         "-" if result.build is None else f"{result.build:.0f}",
         human_size(peak["process"]),
@@ -84,7 +89,10 @@ def _as_json(results: Sequence[Result], prompts: Sequence[tuple[str, int]], abou
                 "case": result.case.name,
                 "engine": str(result.case.folder),
                 "options": dict(result.case.options),
+                "peer": result.case.peer or None,
                 "build_seconds": result.build,
+                "load_seconds": result.load,
+                "first_call_extra_seconds": result.extra,
                 "first_picture_seconds": result.first,
                 "seconds": result.seconds,
                 "steps_per_second": result.steps_per_second,
@@ -161,7 +169,8 @@ dt {{ font-weight: 600 }}
 <h1>sdxl-bench</h1>
 <div class="wide" tabindex="0" role="region" aria-label="Results">
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-<p>Means of all pictures after a warm-up; ±: standard deviation. Compilers: the seconds of all that the build started,
+<p>Means of all pictures after a warm-up; ±: standard deviation. Load: from the process's start until it can be called;
+first call: what that takes beyond a later one. Compilers: the seconds of all that the build started,
 which run side by side. PSNR (dB) and SSIM compare with the first case's pictures.</p>
 <h2>Seconds a picture</h2>
 <img src="{_data(chart)}" alt="Bar chart of the seconds a picture in the table above">

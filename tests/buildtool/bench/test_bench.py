@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from buildtool.bench import cases, cli, likeness, report
+from buildtool.bench import cases, cli, likeness, peer, report
+from buildtool.store import machine
+from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 
 STAND_IN = '''
@@ -25,7 +27,7 @@ if any("stepz" in line for line in lines):
 if "--dry-run" in words:
     print(json.dumps({"images": lines}))
     sys.exit()
-timeline, now = [], 1.0
+timeline, now = [{"name": "open artifact", "start": 0.2, "end": 0.8}], 1.0
 for line in lines:
     Image.new("RGB", (32, 32), (line.get("steps", 50),) * 3).save(line["out"])
     took = 3.0 if now == 1.0 else 0.5
@@ -75,6 +77,8 @@ def test_the_warm_up_counts_for_nothing(micro_artifact: Path, tmp_path: Path, ca
     for case in told:
         assert len(case["seconds"]) == 3 * len(cli.PROMPTS)
         assert case["seconds"] == pytest.approx([0.5] * len(case["seconds"]))
+        assert case["load_seconds"] == pytest.approx(0.8)
+        assert case["first_call_extra_seconds"] == pytest.approx(4.0 - 0.8 - 0.5)
         assert case["first_picture_seconds"] == pytest.approx(4.0)
         assert case["steps_per_second"] == pytest.approx(case["options"]["steps"] / 0.4)
     assert told[0]["psnr"] is None and told[0]["ssim"] == pytest.approx(1)  # equal to itself
@@ -151,3 +155,46 @@ def test_a_real_artifact(tiny_artifact: Path, tmp_path: Path, capsys: Any) -> No
     assert guided["peak_memory_bytes"]["process"] > 1e8
     assert 5 < unguided["psnr"] < 60
     assert report.COLUMNS[0] in (tmp_path / "bench" / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_diffusers_draws_the_same_picture(tiny_artifact: Path, tmp_path: Path, capsys: Any) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    options = ("--with", "steps=3 guidance-until=0.5 negative-prompt=green", "--prompts", str(prompts), "--runs", "1")
+    words = ("--engine", str(tiny_artifact), *options, "--peer", "eager", "--out", str(tmp_path / "bench"))
+    code, _, said = run(capsys, *words)
+    assert code == 0, said
+    ours, theirs = json.loads((tmp_path / "bench" / "results.json").read_text())["cases"]
+    assert (ours["peer"], theirs["peer"]) == (None, "eager")
+    assert theirs["case"].startswith("diffusers eager fp32 256x256") and theirs["build_seconds"] is None
+    assert theirs["psnr"] is None or theirs["psnr"] > 50
+    assert theirs["first_picture_seconds"] >= theirs["load_seconds"] > 0 < theirs["steps_per_second"]
+    assert theirs["peak_memory_bytes"]["process"] > 1e8
+
+
+@pytest.mark.slow
+def test_a_peer_is_refused_by_name(micro_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = manifests.read(micro_artifact)
+    with pytest.raises(SdxlError, match=r"--peer stable-fast: .* is not installed.*\n?.*pip install stable-fast"):
+        peer.check("stable-fast", manifest, {})
+    monkeypatch.setattr(machine, "versions", lambda *names: dict.fromkeys(names, "1.0"))
+    with pytest.raises(SdxlError, match="for NVIDIA GPUs"):
+        peer.check("stable-fast", manifest, {})
+    with pytest.raises(SdxlError, match="no option scheduler"):
+        peer.check("eager", manifest, {"scheduler": "ddim"})
+    with pytest.raises(SdxlError, match=r"guidance-until=0\.5"):
+        peer.check("deepcache", manifest, {"guidance_until": 0.5})
+
+
+@pytest.mark.slow
+def test_a_model_that_is_gone_or_changed(micro_artifact: Path, tmp_path: Path) -> None:
+    import msgspec
+
+    manifest = manifests.read(micro_artifact)
+    words = [str(tmp_path) if "/" in word and Path(word).is_dir() else word for word in manifest.command]
+    with pytest.raises(SdxlError, match="was built from can't be read"):
+        peer.source(msgspec.structs.replace(manifest, command=tuple(words)))
+    key = msgspec.structs.replace(manifest.key, weights={**manifest.key.weights, "unet": "0" * 64})
+    with pytest.raises(SdxlError, match="not what the artifact was built from"):
+        peer.source(msgspec.structs.replace(manifest, key=key))
