@@ -63,7 +63,7 @@ def _attention(
 ) -> Any:
     """aten::scaled_dot_product_attention as ONNX Runtime's own MultiHeadAttention.
 
-    Opset 18 has no attention: it would be products and a softmax, with every weight of it in memory (1.3 GB in the
+    Opset 18 has no attention: it would be products and a softmax, with every weight of it in memory (0.7 GB in the
     UNet at 1024x1024). This node takes flash attention where there is a kernel for the heads' size, and others where
     there is none.
 
