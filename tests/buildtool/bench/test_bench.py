@@ -193,7 +193,7 @@ def test_a_model_that_is_gone_or_changed(tiny_artifact: Path, tmp_path: Path) ->
     manifest = manifests.read(tiny_artifact)
     assert peer.source(manifest).weights == manifest.key.weights
     words = tuple(str(tmp_path / "gone") if word == "tiny" else word for word in manifest.command)
-    with pytest.raises(SdxlError, match="was built from can't be read: .*gone does not exist"):
+    with pytest.raises(SdxlError, match=r"was built from can't be read: .*gone does not exist"):
         peer.source(msgspec.structs.replace(manifest, command=words))
     key = msgspec.structs.replace(manifest.key, weights={**manifest.key.weights, "unet": "0" * 64})
     with pytest.raises(SdxlError, match="tiny is not what the artifact was built from"):
