@@ -41,8 +41,10 @@ class Case:
             f"{peer.PEERS[self.peer].title if self.peer else key.backend} {key.precision} {key.width}x{key.height}"
         ]
         words += [f"vae {key.vae}"] if key.vae != "default" else []
-        told = ("freeu",) if self.peer else ("freeu", "deepcache")
-        words += [f"{name} {_told(value)}" for name, value in key.options.items() if name in told]
+        if "freeu" in key.options:
+            words += ["freeu " + ",".join(str(key.options["freeu"][name]) for name in ("s1", "s2", "b1", "b2"))]
+        if "deepcache" in key.options and not self.peer:
+            words += ["deepcache {interval}:{branch}".format(**key.options["deepcache"])]
         words += [f"{name.replace('_', '-')}={value}" for name, value in self.options.items()]
         return ", ".join(words)
 
@@ -185,7 +187,3 @@ def _run(case: Case, command: Sequence[str]) -> dict[str, Any]:
         raise SdxlError(f"{case.name}: {said[-1].removeprefix('Error: ')}")
     report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])  # libraries print, too
     return report
-
-
-def _told(value: Any) -> str:
-    return ":".join(str(part) for part in value.values()) if isinstance(value, dict) else str(value)

@@ -161,8 +161,10 @@ def render(
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: auto; padding: 1rem }}
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse }}
-th, td {{ padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap }}
-th[scope=row], th:first-child {{ text-align: left }}
+th, td {{ padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap }}
+thead th {{ white-space: normal; vertical-align: bottom }}
+th:first-child {{ text-align: left; white-space: normal; min-width: 9rem }}
+tbody th {{ font-weight: normal }}
 img {{ max-width: 100%; height: auto; background: #fff }}
 dt {{ font-weight: 600 }}
 </style></head><body>
