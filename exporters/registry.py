@@ -26,6 +26,7 @@ class Backend:
         targets: what it builds for on any machine; empty: only for what is present.
         one_of: packages that bring the same library under several names; one is needed, and is in the key.
         flavors: libraries that it can build with, by name; :meth:`flavored` gives the row of one.
+        apart: whether it compiles in an interpreter of its own, whose versions then belong in the key.
     """
 
     exporter: str
@@ -40,6 +41,7 @@ class Backend:
     targets: tuple[str, ...] = ()
     one_of: tuple[str, ...] = ()
     flavors: Mapping[str, Flavor] = field(default_factory=dict)
+    apart: bool = False
 
     def flavored(self, name: str) -> "Backend":
         """The row of one of its flavors."""
@@ -87,6 +89,16 @@ BACKENDS = {
         options={"cuda": {"tf32": True}},
         weighted=True,
         flavors=FLAVORS,
+    ),
+    "onediff": Backend(
+        exporter="exporters.onediff_graph:OnediffExporter",
+        loader="onediff_graph",
+        distributions=("diffusers",),
+        version=1,
+        tunes=True,
+        install="pip install sdxl-build",
+        options={"cuda": {"mode": "cudagraphs:max-autotune:cache-all"}, "cpu": {"mode": "cache-all"}},
+        apart=True,
     ),
 }
 
