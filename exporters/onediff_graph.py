@@ -55,11 +55,22 @@ class OnediffExporter(Exporter):
             constants={spec["name"]: spec["name"] for spec in described["parameters"]},
             tensors={
                 spec["name"]: StoredTensor(
-                    tuple(spec["shape"]), spec["dtype"], tuple(spec["stride"]), sources=(spec["name"],)
+                    tuple(spec["shape"]),
+                    spec["dtype"],
+                    tuple(spec["stride"]),
+                    (_source(component.source, spec["name"]),),
                 )
                 for spec in described["parameters"]
             },
         )
+
+
+def _source(component: str, name: str) -> str:
+    """The checkpoint's name of a parameter: transformers 5 dropped a prefix that files kept."""
+    prefix = "text_model."
+    if component.startswith("text_encoder") and not name.startswith((prefix, "text_projection.")):
+        return prefix + name
+    return name
 
 
 def _spec(spec: Mapping[str, Any]) -> TensorSpec:

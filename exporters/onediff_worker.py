@@ -7,6 +7,8 @@ makes one variant's file, ``serve`` loads such files and answers calls (docs/one
 What is compiled are diffusers' and transformers' own modules, which OneDiff knows by their classes.
 """
 
+from __future__ import annotations  # Python 3.8 reads this file too
+
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -19,12 +21,16 @@ import tempfile
 import time
 import traceback
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("torch", "triton", "onediff", "nexfort", "oneflow", "diffusers", "transformers")
 CODE = "code.json"
 CACHES = "caches"
 GRAPH = "graph"
+EAGER = ("text_encoder", "text_encoder_2")
+"""What stays eager: nexfort's graph cache can't hold CLIP's graphs, and a prompt is encoded once."""
 GENERATED = (".py", ".cpp", ".so", ".ptx", ".cubin", "entry")
 """How the names of files end that only a compiler writes into the caches."""
 
@@ -36,7 +42,7 @@ class Refused(Exception):
 # What is installed
 
 
-def versions():
+def versions() -> dict[str, str]:
     """What this interpreter has, from metadata: neither torch nor OneDiff is imported."""
     found = {"python": ".".join(map(str, sys.version_info[:3])), "system": sys.platform}
     for name in PACKAGES:
@@ -53,7 +59,7 @@ def versions():
     return found
 
 
-def _source(package, name):
+def _source(package: str, name: str) -> str:
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         with contextlib.suppress(OSError):
@@ -64,13 +70,8 @@ def _source(package, name):
 # Modules
 
 
-def build(code):
-    """A component's module on the meta device, and the object in it that OneDiff compiles.
-
-    Returns:
-        (module, call): ``call(inputs by name)`` gives the outputs in order. ``module.compiled(compile)`` replaces what
-        is to be compiled by what ``compile`` makes of it.
-    """
+def build(code: dict[str, Any]) -> Any:
+    """A component's module, on the meta device."""
     import torch
 
     component, config = code["component"], dict(code["config"])
@@ -91,20 +92,20 @@ def build(code):
     return module
 
 
-def compiled(code, module, compile):
-    """The function of the inputs by name that calls ``module``, with its heart compiled by ``compile``."""
+def compiled(code: dict[str, Any], module: Any, compile: Callable[[Any], Any]) -> Callable[[dict[str, Any]], Any]:
+    """The function from inputs by name to outputs that calls ``module``, with its heart compiled by ``compile``."""
     component = code["component"]
     if component == "vae_decoder":
         module.decoder = compile(module.decoder)
 
-        def decode(inputs):
+        def decode(inputs: dict[str, Any]) -> Any:
             return (module.decode(inputs["latents"], return_dict=False)[0],)
 
         return decode
-    heart = compile(module)
     if component == "unet":
+        heart = compile(module)
 
-        def denoise(inputs):
+        def denoise(inputs: dict[str, Any]) -> Any:
             conditions = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
             return (
                 heart(
@@ -118,15 +119,15 @@ def compiled(code, module, compile):
 
         return denoise
 
-    def encode(inputs):
-        out = heart(inputs["input_ids"], output_hidden_states=True, return_dict=True)
+    def encode(inputs: dict[str, Any]) -> Any:
+        out = module(inputs["input_ids"], output_hidden_states=True, return_dict=True)
         hidden = out.hidden_states[-2]
         return (hidden, out.text_embeds) if component == "text_encoder_2" else (hidden,)
 
     return encode
 
 
-def fill_buffers(module, device):
+def fill_buffers(module: Any, device: str) -> None:
     """transformers' one buffer that no checkpoint has: 0, 1, 2, …"""
     import torch
 
@@ -137,19 +138,14 @@ def fill_buffers(module, device):
         module.get_submodule(parent)._buffers[leaf] = torch.arange(buffer.shape[-1], device=device)[None]
 
 
-def parameters_of(module):
-    """Parameters by name; buffers aren't weights."""
-    return dict(module.named_parameters())
-
-
-def fill_with_noise(module, device, dtype):
+def fill_with_noise(module: Any, device: str, dtype: Any) -> Any:
     """Weights of no meaning: compiled code must hold nothing of one checkpoint."""
     import torch
 
     torch.nn.Module.to(module, dtype=dtype)
     module.to_empty(device=device)
     if torch.device(device).type == "cuda":
-        torch.nn.Module.to(module, memory_format=torch.channels_last)
+        torch.nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=0.02)
@@ -157,7 +153,7 @@ def fill_with_noise(module, device, dtype):
     return module.eval().requires_grad_(False)
 
 
-def example(specs, device):
+def example(specs: list[dict[str, Any]], device: str) -> dict[str, Any]:
     """Inputs to compile with, of the shapes that a run has."""
     import torch
 
@@ -174,7 +170,7 @@ def example(specs, device):
 # The two compilers
 
 
-def prepare(compiler, device, caches):
+def prepare(compiler: str, device: str, caches: str) -> Any:
     """What has to be set before torch is imported. ``caches``: the one folder that everything compiled goes to."""
     os.environ.update(
         TORCHINDUCTOR_CACHE_DIR=caches,
@@ -198,7 +194,7 @@ def prepare(compiler, device, caches):
     return torch
 
 
-def compile_function(code):
+def compile_function(code: dict[str, Any]) -> Callable[[Any], Any]:
     """``module -> compiled module`` of the compiler that the code names."""
     from onediff import infer_compiler
 
@@ -208,27 +204,27 @@ def compile_function(code):
     return lambda module: infer_compiler.oneflow_compile(module)
 
 
-def files_below(folder):
+def files_below(folder: str) -> set[str]:
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def inductor_misses():
+def inductor_misses() -> int:
     import torch._dynamo.utils
 
     counted = torch._dynamo.utils.counters["inductor"]
     return sum(counted[name] for name in ("fxgraph_cache_miss", "fxgraph_cache_bypass"))
 
 
-def compile_variant(job):
+def compile_variant(job: dict[str, Any]) -> dict[str, Any]:
     """Compiles one variant into ``job["file"]``: a zip of its description and the caches, or of its graph."""
     code, device = job["code"], job["device"]
     with tempfile.TemporaryDirectory() as caches:
         torch = prepare(code["compiler"], device, caches)
         module = fill_with_noise(build(code), device, getattr(torch, code["dtype"]))
-        weights = parameters_of(module)  # before OneDiff wraps it, which renames them
-        hearts = []
+        weights = dict(module.named_parameters())  # before OneDiff wraps it, which renames them
+        hearts: list[Any] = []
 
-        def compile(heart):
+        def compile(heart: Any) -> Any:
             hearts.append(compile_function(code)(heart))
             return hearts[-1]
 
@@ -237,13 +233,13 @@ def compile_variant(job):
             outputs = call(example(code["inputs"], device))
         described = {
             "parameters": [_spec(name, weight) for name, weight in weights.items()],
-            "outputs": [
-                _spec(name, out.contiguous()) for name, out in zip(code["outputs"], outputs)
-            ],
+            "outputs": [_spec(name, out.contiguous()) for name, out in zip(code["outputs"], outputs)],
         }
         with zipfile.ZipFile(job["file"], "w", zipfile.ZIP_DEFLATED) as packed:
             packed.writestr(zipfile.ZipInfo(CODE), json.dumps(code, sort_keys=True))
-            if code["compiler"] == "oneflow":
+            if code["component"] in EAGER:
+                pass
+            elif code["compiler"] == "oneflow":
                 graph = os.path.join(caches, GRAPH)
                 hearts[0].save_graph(graph)
                 packed.write(graph, GRAPH)
@@ -252,7 +248,7 @@ def compile_variant(job):
     return described
 
 
-def _pack(packed, caches):
+def _pack(packed: zipfile.ZipFile, caches: str) -> None:
     kept = [name for name in sorted(files_below(caches)) if not name.endswith(".lock")]
     if not any(name.endswith(GENERATED) for name in kept):
         raise Refused("The compiler left nothing in its caches, so there is nothing to keep.", "")
@@ -260,7 +256,7 @@ def _pack(packed, caches):
         packed.writestr(zipfile.ZipInfo(CACHES + "/" + name), (Path(caches) / name).read_bytes(), zipfile.ZIP_DEFLATED)
 
 
-def _spec(name, tensor):
+def _spec(name: str, tensor: Any) -> dict[str, Any]:
     return {
         "name": name,
         "shape": list(tensor.shape),
@@ -275,19 +271,21 @@ def _spec(name, tensor):
 class Server:
     """Loaded variants of one or several artifacts on one device."""
 
-    def __init__(self, device, caches):
+    def __init__(self, device: str, caches: str) -> None:
         self.device, self.caches = device, caches
-        self.torch = None
-        self.calls = {}
-        self.files = {}
+        self.torch: Any = None
+        self.calls: dict[str, Any] = {}
+        self.files: dict[str, Any] = {}
 
-    def load(self, asked):
+    def load(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Loads a variant and calls it once. Says what had to be compiled for it, which should be nothing."""
         began = time.time()
         with zipfile.ZipFile(asked["file"]) as packed:
             code = json.loads(packed.read(CODE))
             for name in packed.namelist():
-                if name.startswith(CACHES + "/") and not os.path.exists(os.path.join(self.caches, name[7:])):
+                if name.startswith(CACHES + "/") and not os.path.exists(
+                    os.path.join(self.caches, name[len(CACHES) + 1 :])
+                ):
                     _unpack(packed, name, os.path.join(self.caches, name[len(CACHES) + 1 :]))
             graph = os.path.join(self.caches, asked["name"] + ".graph")
             if GRAPH in packed.namelist():
@@ -296,14 +294,14 @@ class Server:
         module = build(code)
         self._fill(module, asked["weights"], asked["tensors"])
         before, misses = files_below(self.caches), inductor_misses()
-        hearts = []
+        hearts: list[Any] = []
 
-        def compile(heart):
+        def compile(heart: Any) -> Any:
             hearts.append(compile_function(code)(heart))
             return hearts[-1]
 
         call = compiled(code, module, compile)
-        if code["compiler"] == "oneflow":
+        if code["compiler"] == "oneflow" and hearts:
             hearts[0].load_graph(graph, run_warmup=True)
         memory = torch.from_file(asked["memory"], shared=True, size=asked["bytes"], dtype=torch.uint8)
         views = [{s["name"]: _view(torch, memory, s) for s in asked[kind]} for kind in ("inputs", "outputs")]
@@ -313,7 +311,7 @@ class Server:
         made = [n for n in sorted(files_below(self.caches) - before) if n.endswith(GENERATED)]
         return {"compiled": made, "misses": inductor_misses() - misses, "seconds": time.time() - began}
 
-    def call(self, asked):
+    def call(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Reads the inputs from the shared memory, and leaves the outputs there."""
         call, inputs, outputs = self.calls[asked["name"]]
         with self.torch.no_grad():
@@ -323,7 +321,7 @@ class Server:
                 view.copy_(out)  # from a GPU it returns when the copy is done
         return {}
 
-    def _fill(self, module, path, tensors):
+    def _fill(self, module: Any, path: str, tensors: list[dict[str, Any]]) -> None:
         """Gives the module its weights: views of the file, which every variant of the component shares."""
         if path not in self.files:
             self.files[path] = _read(self.torch, path, tensors, self.device)
@@ -332,13 +330,13 @@ class Server:
         module.eval().requires_grad_(False)
 
 
-def _unpack(packed, name, path):
+def _unpack(packed: zipfile.ZipFile, name: str, path: str) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb") as file:
         file.write(packed.read(name))
 
 
-def _read(torch, path, tensors, device):
+def _read(torch: Any, path: str, tensors: list[dict[str, Any]], device: str) -> dict[str, Any]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -353,13 +351,13 @@ def _read(torch, path, tensors, device):
     return made
 
 
-def _view(torch, memory, spec):
+def _view(torch: Any, memory: Any, spec: dict[str, Any]) -> Any:
     dtype = getattr(torch, spec["dtype"])
     flat = memory[spec["offset"] : spec["offset"] + spec["bytes"]].view(dtype)
     return flat.as_strided(spec["shape"], spec["stride"])
 
 
-def serve(device, caches):
+def serve(device: str, caches: str) -> None:
     """Answers messages on stdin until it closes: a length (4 bytes, little-endian), then that many bytes of JSON."""
     server = Server(device, caches)
     answers = os.fdopen(os.dup(1), "wb")
@@ -379,16 +377,18 @@ def serve(device, caches):
         answers.flush()
 
 
-def refusal(error):
+def refusal(error: Exception) -> dict[str, Any]:
     if isinstance(error, Refused):
         return {"error": error.args[0], "hint": error.args[1]}
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return {"error": f"{type(error).__name__}: {said}".rstrip("."), "hint": ""}
+    lines = [line for line in str(error).splitlines() if line.strip()][:2]  # torch's first line names only the backend
+    return {"error": " ".join([type(error).__name__ + ":", *lines]).rstrip("."), "hint": ""}
 
 
-def main(words):
+def main(words: list[str]) -> None:
     folder = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [place for place in sys.path if os.path.abspath(place or ".") != folder]  # no `import weights` of ours
+    sys.path[:] = [
+        place for place in sys.path if os.path.abspath(place or ".") != folder
+    ]  # no `import weights` of ours
     if words[0] == "versions":
         print(json.dumps(versions()))
     elif words[0] == "compile":

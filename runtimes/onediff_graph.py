@@ -1,8 +1,9 @@
 """Runs the onediff backend's files: OneDiff in a process of its own interpreter, tensors through shared memory."""
 
+import atexit
 import contextlib
+import functools
 import json
-import os
 import struct
 import subprocess
 import tempfile
@@ -26,13 +27,13 @@ ALIGNMENT = 256
 class Worker:
     """A process of ``exporters/onediff_worker.py serve``: loads variants and calls them.
 
-    It ends when its standard input closes: when this object goes, or this process does, however it ends.
+    It ends when its standard input closes: at :meth:`close`, or when this process ends, however it does.
     """
 
     def __init__(self, python: str, device: torch.device) -> None:
         self.python = python
         self._caches = tempfile.TemporaryDirectory(prefix="sdxl-onediff-")
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
             [python, str(interpreter.WORKER), "serve", str(device), self._caches.name],
@@ -80,10 +81,6 @@ class Worker:
         how = f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"
         return SdxlError(f"OneDiff's process ({self.python}) {how}: {lines[-1].strip()}.", "sdxl-build doctor")
 
-    def __del__(self) -> None:
-        if hasattr(self, "_process"):
-            self.close()
-
 
 class OnediffEngine(Engine):
     """A variant in the worker. Inputs and outputs lie in memory that both processes map.
@@ -119,7 +116,9 @@ class OnediffEngine(Engine):
                 name=self._name,
                 file=str(path.absolute()),
                 weights=str((path.parent / component.weights).absolute()),
-                tensors=[{"name": n, "shape": t.shape, "dtype": t.dtype, "stride": t.stride} for n, t in stored.items()],
+                tensors=[
+                    {"name": n, "shape": t.shape, "dtype": t.dtype, "stride": t.stride} for n, t in stored.items()
+                ],
                 memory=file.name,
                 bytes=size,
                 inputs=specs[: len(variant.inputs)],
@@ -163,9 +162,16 @@ def _view(memory: Tensor, spec: Mapping[str, Any], offset: int, length: int) -> 
     return flat.as_strided(spec["shape"], spec["stride"])
 
 
+@functools.cache
+def _worker(python: str, device: torch.device) -> Worker:
+    """The one process for all engines on a device: a torch and a CUDA context each would be dear."""
+    worker = Worker(python, device)
+    atexit.register(worker.close)
+    return worker
+
+
 class OnediffGraphLoader(Loader):
     name = "onediff_graph"
-    _workers: dict[tuple[str, torch.device], Worker] = {}
 
     def check_machine(self, folder: Path, manifest: Manifest, device: torch.device) -> None:
         python = interpreter.named()
@@ -204,11 +210,4 @@ class OnediffGraphLoader(Loader):
         options: Mapping[str, Any],
         device: torch.device,
     ) -> Engine:
-        return OnediffEngine(path, name, component, variant, device, self._worker(device))
-
-    def _worker(self, device: torch.device) -> Worker:
-        """The one process for all engines on a device: a torch and a CUDA context each would be dear."""
-        key = (interpreter.named(), device)
-        if key not in self._workers:
-            self._workers[key] = Worker(*key)
-        return self._workers[key]
+        return OnediffEngine(path, name, component, variant, device, _worker(interpreter.named(), device))
