@@ -185,6 +185,8 @@ def prepare(compiler: str, device: str, caches: str) -> Any:
             f"torch {torch.__version__} of {sys.executable} sees no GPU.",
             "Is its CUDA one that the driver knows? See: sdxl-build doctor",
         )
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     if compiler == "nexfort":
         import torch._dynamo
 
