@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from buildtool.plan import DEFAULT_MODEL
+from buildtool.store import interpreter
 from buildtool.store.errors import SdxlError
 from buildtool.store.presets import PRESETS, told
 
@@ -234,6 +236,31 @@ def trt_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     Prints the artifact's folder, one line a resolution.
     """
     _build("trt", dry_run, as_json, options)
+
+
+@main.command("onediff")
+@_build_options
+@click.option(
+    "--compiler",
+    type=click.Choice(["auto", "nexfort", "oneflow"]),
+    default="auto",
+    show_default=True,
+    help="Which of OneDiff's compilers; auto: the one that is installed there, nexfort first.",
+)
+@click.option(
+    "--python",
+    metavar="PATH",
+    envvar=interpreter.VARIABLE,
+    help=f"The Python that OneDiff is installed in.  [env var: {interpreter.VARIABLE}, which sdxl-run reads too]",
+)
+def onediff_command(dry_run: bool, as_json: bool, python: str | None, **options: Any) -> None:
+    """Builds with OneDiff's compilers, in a Python of their own: docs/onediff.md.
+
+    Prints the artifact's folder, one line a resolution.
+    """
+    if python:  # the compilers and the check are processes, which read it there
+        os.environ[interpreter.VARIABLE] = str(Path(python).absolute()) if os.sep in python else python
+    _build("onediff", dry_run, as_json, options)
 
 
 def _build(backend: str, dry_run: bool, as_json: bool, options: dict[str, Any]) -> None:

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from buildtool.store import machine
+from buildtool.store import interpreter, machine
+from buildtool.store.errors import SdxlError
 
 DIST = "sdxl-build"
 MIN_TORCH = (2, 11)
@@ -34,7 +34,6 @@ BACKENDS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("onnxscript",),
         ("onnx-graphsurgeon",),
     ),
-    "onediff": (("onediff",), ("nexfort",)),
 }
 
 
@@ -74,6 +73,7 @@ def report(artifacts: Path | None = None) -> list[Row]:
         disk(folder),
         hub_cache(),
         *(backend(name) for name in BACKENDS),
+        onediff(),
     ]
 
 
@@ -295,31 +295,32 @@ def hub_cache() -> Row:
     return Row("hub cache", "ok", detail)
 
 
-PLANNED = ("onediff",)
-"""Backends that this version can't build yet; their rows say what they will need."""
-
-
 def backend(name: str) -> Row:
-    """What a backend needs, or will need."""
-    soon = "not in this version; it will need " if name in PLANNED else "needs "
-    if name == "onediff" and not _has(BACKENDS[name]):
-        detail = f"{soon}an environment of its own: Python 3.8 to 3.12, torch 2.3 to 2.5.1, onediff, nexfort"
-        return Row("backend onediff", "warn", detail)
-    absent = [line for line in BACKENDS[name] if not _has([line])]
+    """What a backend needs."""
+    absent = [line for line in BACKENDS[name] if not machine.versions(*line)]
     if absent:
-        detail = soon + ", ".join(" or ".join(line) for line in absent)
+        detail = "needs " + ", ".join(" or ".join(line) for line in absent)
         status: Literal["warn", "missing"] = "missing" if name == "torch" else "warn"
-        hint = "" if name in PLANNED else f"pip install {' '.join(line[0] for line in absent)}"
-        return Row(f"backend {name}", status, detail, hint)
+        return Row(f"backend {name}", status, detail, f"pip install {' '.join(line[0] for line in absent)}")
     found = {dist: v for line in BACKENDS[name] for dist, v in machine.versions(*line).items()}
-    there = ", ".join(f"{dist} {version}" for dist, version in found.items())
-    if name in PLANNED:
-        return Row(f"backend {name}", "warn", f"not in this version; its libraries are there: {there}")
-    return Row(f"backend {name}", "ok", there)
+    return Row(f"backend {name}", "ok", ", ".join(f"{dist} {version}" for dist, version in found.items()))
 
 
-def _has(lines: Iterable[tuple[str, ...]]) -> bool:
-    return all(machine.versions(*line) for line in lines)
+def onediff() -> Row:
+    """The onediff backend, which needs another Python, and what is in that."""
+    name = "backend onediff"
+    try:
+        python = interpreter.named()
+        found = interpreter.versions(python)
+    except SdxlError as error:
+        return Row(name, "warn", error.message, error.hint)
+    problems = {compiler: interpreter.lacks(compiler, found, python) for compiler in interpreter.COMPILERS}
+    usable = [compiler for compiler, problem in problems.items() if problem is None]
+    first = problems[interpreter.COMPILERS[0]]
+    if not usable and first is not None:
+        return Row(name, "warn", *first)
+    there = ", ".join(f"{dist} {found[dist]}" for dist in ("onediff", *usable, "torch"))
+    return Row(name, "ok", f"{python}: Python {found['python']}, {there}")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

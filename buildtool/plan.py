@@ -8,7 +8,7 @@ from typing import Any
 from buildtool import gpu, models, unet_options
 from buildtool.checkpoint.configs import vae_scale_factor
 from buildtool.progress import Progress
-from buildtool.store import machine
+from buildtool.store import interpreter, machine
 from buildtool.store.errors import SdxlError
 from buildtool.store.key import KEY_VERSION, ArtifactKey, CodeKey
 from exporters import dynamic, onnx_providers, registry, trt_flavor
@@ -55,6 +55,8 @@ class Spec:
     force: bool = False
     flavor: str = "auto"
     """Which of a backend's libraries builds."""
+    compiler: str = "auto"
+    """Which of OneDiff's compilers builds."""
     compatibility: str = "none"
     """Which GPUs besides the one that is present shall run what is tuned for it."""
     dynamic: str | None = None
@@ -98,6 +100,7 @@ class Plan:
             words += ["--lora", text]
         for option, value in (("--provider", spec.provider), ("--dynamic", spec.dynamic)):
             words += [option, value] if value else []
+        words += ["--compiler", self.key.options["compiler"]] if "compiler" in self.key.options else []
         if "flavor" in self.key.options:
             words += ["--flavor", self.key.options["flavor"]]
             words += [] if spec.golden else ["--no-golden"]
@@ -219,6 +222,11 @@ def _plan(
         options.pop("tf32", None)
     if row.flavors:
         options |= {"golden": spec.golden, "compatibility": spec.compatibility}
+    if row.apart:
+        options["compiler"], packages = interpreter.choose(spec.compiler, interpreter.named())
+        toolchain |= {f"onediff.{name}": version for name, version in packages.items()}
+        if options["compiler"] != "nexfort":
+            options.pop("mode")
     if spec.with_encoder:  # left out where it isn't, so that such artifacts keep their keys
         options["encoder"] = True
     if spec.dynamic is not None:
@@ -288,7 +296,7 @@ def _code_options(row: registry.Backend, options: Mapping[str, Any], weights: st
     """What of the artifact's options shapes a component's code; with it the digest of weights that the code holds."""
     if row.weighted:
         return {**{n: v for n, v in options.items() if n not in NOT_IN_CODE}, "weights": weights}
-    read = {n: v for n, v in options.items() if n == "tf32" and upcast}
+    read = {n: v for n, v in options.items() if (n == "tf32" and upcast) or n in ("compiler", "mode")}
     # The CUDA provider's graphs are its own; those of other providers on a GPU are told apart from them.
     return {**read, "provider": row.provider} if row.provider else read
 

@@ -27,6 +27,7 @@ class Backend:
         one_of: packages that bring the same library under several names; one is needed, and is in the key.
         flavors: libraries that it can build with, by name; :meth:`flavored` gives the row of one.
         provider: what runs it, where that isn't what its options say by themselves (:meth:`provided`).
+        apart: whether it compiles in an interpreter of its own, whose versions then belong in the key.
     """
 
     exporter: str
@@ -42,6 +43,7 @@ class Backend:
     one_of: tuple[str, ...] = ()
     flavors: Mapping[str, Flavor] = field(default_factory=dict)
     provider: str = ""
+    apart: bool = False
 
     def flavored(self, name: str) -> "Backend":
         """The row of one of its flavors."""
@@ -96,6 +98,16 @@ BACKENDS = {
         options={"cuda": {"tf32": True}},
         weighted=True,
         flavors=FLAVORS,
+    ),
+    "onediff": Backend(
+        exporter="exporters.onediff_graph:OnediffExporter",
+        loader="onediff_graph",
+        distributions=("diffusers",),
+        version=1,
+        tunes=True,
+        install="pip install sdxl-build",
+        options={"cuda": {"mode": "cudagraphs:max-autotune:cache-all"}, "cpu": {"mode": "cache-all"}},
+        apart=True,
     ),
 }
 

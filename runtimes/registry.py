@@ -6,6 +6,7 @@ from buildtool.store.errors import SdxlError
 from runtimes.base import Loader
 
 LOADERS = {
+    "onediff_graph": "runtimes.onediff_graph:OnediffGraphLoader",
     "onnx_session": "runtimes.onnx_session:OnnxSessionLoader",
     "torch_package": "runtimes.torch_package:TorchPackageLoader",
     "trt_engine": "runtimes.trt_engine:TrtEngineLoader",

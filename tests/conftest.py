@@ -8,19 +8,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from buildtool.store import machine
+from buildtool.store import interpreter, machine
 
 # A runner that was started in the background ignores Ctrl-C, and its children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 machine.share_cores()  # before torch is imported: CI's cores are shared
 
-from tests import micro  # noqa: E402
+from tests import micro, standin_interpreter  # noqa: E402
 
 Builder = Callable[..., dict[str, Any]]
 
@@ -77,6 +77,21 @@ def micro_pair_artifact(sdxl_build: Builder, micro_model: Path, micro_artifact: 
 def micro_onnx_artifact(sdxl_build: Builder, micro_model: Path) -> Path:
     """The same with the onnx backend."""
     return sdxl_build(str(micro_model), backend="onnx")["path"]
+
+
+@pytest.fixture(scope="session")
+def standin_onediff(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The Python that OneDiff runs in, named in the environment: this one, with a stand-in OneDiff."""
+    with pytest.MonkeyPatch.context() as patch:
+        python = standin_interpreter.write(tmp_path_factory.mktemp("onediff"))
+        patch.setenv(interpreter.VARIABLE, str(python))
+        yield python
+
+
+@pytest.fixture(scope="session")
+def micro_standin_onediff_artifact(sdxl_build: Builder, micro_model: Path, standin_onediff: Path) -> Path:
+    """The micro model with the onediff backend, compiled by a stand-in of nexfort."""
+    return sdxl_build(str(micro_model), "--compiler", "nexfort", backend="onediff")["path"]
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from buildtool import doctor
 from buildtool.doctor import Row
 from buildtool.store import machine
 from buildtool.store.machine import Gpu
+from tests import standin_interpreter
 
 H100 = Gpu(0, "NVIDIA H100 80GB HBM3", "sm90", 85 * 10**9, "580.159")
 
@@ -177,12 +178,16 @@ def test_either_tensorrt_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (doctor.backend("trt").status, doctor.backend("trt").hint) == ("warn", "pip install tensorrt_rtx")
 
 
-@pytest.mark.parametrize("name", ["onediff"])
-def test_a_backend_that_is_not_there_yet_is_never_called_ok(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    for installed in ({}, {d: "1" for line in doctor.BACKENDS[name] for d in line}):
-        monkeypatch.setattr(machine, "versions", lambda *dists, i=installed: {d: v for d, v in i.items() if d in dists})
-        row = doctor.backend(name)
-        assert row.status == "warn" and row.detail.startswith("not in this version") and not row.hint
+def test_onediff_is_looked_for_in_its_own_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SDXL_ONEDIFF_PYTHON", raising=False)
+    row = doctor.onediff()
+    assert row.status == "warn" and "none is named" in row.detail and "docs/onediff.md" in row.hint
+    monkeypatch.setenv("SDXL_ONEDIFF_PYTHON", str(standin_interpreter.write(tmp_path / "has")))
+    row = doctor.onediff()
+    assert row.status == "ok" and "onediff 1.2.0+standin, nexfort 0.1.dev330+standin, torch" in row.detail
+    monkeypatch.setenv("SDXL_ONEDIFF_PYTHON", str(standin_interpreter.write(tmp_path / "lacks", {"onediff": "1.2.0"})))
+    row = doctor.onediff()
+    assert row.status == "warn" and "has no nexfort" in row.detail and "requirements/onediff.txt" in row.hint
 
 
 def test_python_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

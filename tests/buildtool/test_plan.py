@@ -9,8 +9,10 @@ import pytest
 
 from buildtool import plan
 from buildtool.plan import Plan, Spec
+from buildtool.store import interpreter
 from buildtool.store.errors import SdxlError
 from buildtool.store.key import differences
+from tests import standin_interpreter
 
 
 def one(**changes: Any) -> Plan:
@@ -143,3 +145,27 @@ def test_a_vae_in_a_folder_is_named_by_its_folder_whatever_the_path(
     monkeypatch.chdir(tmp_path)
     assert one(vae="my-vae").key == one(vae=str(tmp_path / "my-vae")).key
     assert one(vae="my-vae").key.vae == "my-vae"
+
+
+def test_onediffs_compiler_and_its_own_packages_are_in_both_keys(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a stand-in interpreter: its versions, not its path."""
+
+    def planned(folder: str, **installed: str) -> Plan:
+        python = standin_interpreter.write(tmp_path / folder, {**standin_interpreter.INSTALLED, **installed})
+        monkeypatch.setenv(interpreter.VARIABLE, str(python))
+        return one(backend="onediff", compiler="nexfort")
+
+    plain, same, other = planned("a"), planned("b"), planned("c", nexfort="0.2")
+    assert plain.key.options == {"compiler": "nexfort", "mode": "cache-all"}
+    assert plain.key == same.key and str(tmp_path) not in str(plain.key)
+    changed = {"toolchain.onediff.nexfort": ("0.1.dev330+standin", "0.2")}
+    assert differences(plain.key, other.key) == changed
+    assert all(differences(key, other.code_keys[name]) == changed for name, key in plain.code_keys.items())
+    monkeypatch.setenv(
+        interpreter.VARIABLE, str(standin_interpreter.write(tmp_path / "d", {"onediff": "1.2.0", "oneflow": "1.0"}))
+    )
+    graph = one(backend="onediff")
+    assert graph.key.options == {"compiler": "oneflow"} == graph.code_keys["unet"].options
+    assert graph.command[-4:-2] == ("--compiler", "oneflow")

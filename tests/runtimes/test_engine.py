@@ -12,10 +12,17 @@ from buildtool.store.manifest import Check, TensorSpec, Variant
 from runtimes.base import Engine, EngineInputError
 
 pytestmark = pytest.mark.slow
-ARTIFACTS = {"torch": "micro_artifact", "onnx": "micro_onnx_artifact", "trt": "micro_trt_artifact"}
+ARTIFACTS = {
+    "torch": "micro_artifact",
+    "onnx": "micro_onnx_artifact",
+    "trt": "micro_trt_artifact",
+    "stand-in onediff": "micro_standin_onediff_artifact",
+}
 
 
-@pytest.fixture(scope="module", params=["torch", "onnx", pytest.param("trt", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    scope="module", params=["torch", "onnx", "stand-in onediff", pytest.param("trt", marks=pytest.mark.gpu)]
+)
 def engine(request: pytest.FixtureRequest) -> Engine:
     return runtimes.load(request.getfixturevalue(ARTIFACTS[request.param])).artifacts[0].engine("unet", "nocfg")
 

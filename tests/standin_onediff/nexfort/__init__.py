@@ -1,0 +1,1 @@
+"""A stand-in for nexfort: only its presence is looked at."""
