@@ -85,8 +85,8 @@ class Worker:
 class OnediffEngine(Engine):
     """A variant in the worker. Inputs and outputs lie in memory that both processes map.
 
-    From a GPU they are copied to the host and back, 1.2 MB a guided step of full-size SDXL: handles of GPU memory would bind
-    the two torches, which are years apart, to each other's formats.
+    From a GPU they are copied to the host and back, 1.2 MB a guided step of full-size SDXL: handles of GPU memory would
+    bind the two torches, which are years apart, to each other's formats.
     """
 
     def __init__(
