@@ -120,7 +120,13 @@ def train_unet(
 
     if not trained:
         _train_unet("unet", plan.unet_steps, plan.unet_lr, 0.0, pool, parts, plan, out, log, device)
+    modules = (parts.unet, parts.text_encoder, parts.text_encoder_2)
+    sure = [parameter.detach().clone() for module in modules for parameter in module.parameters()]
     _train_unet("doubt", plan.doubt_steps, plan.doubt_lr, plan.wrong_captions, pool, parts, plan, out, log, device)
+    with torch.no_grad():
+        doubting = [parameter for module in modules for parameter in module.parameters()]
+        for parameter, before in zip(doubting, sure, strict=True):
+            parameter.copy_(before.lerp(parameter, plan.doubt_share))
 
 
 def _train_unet(

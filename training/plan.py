@@ -37,6 +37,7 @@ class Plan:
     doubt_steps: int = 1_200
     doubt_lr: float = 2e-4
     wrong_captions: float = 0.04
+    doubt_share: float = 0.6  # of what that stage changed in the weights, what is kept
     ema: float = 0.998
     sheet_every: int = 4_000
     score_prompts: int = 48

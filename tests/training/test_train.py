@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from training import architecture, tokens
 from training.captions import describe, read
@@ -71,6 +72,10 @@ def test_a_finished_model_goes_on_with_doubt(trained: Path, tmp_path: Path) -> N
         file = "vocab.json" if name.startswith("tokenizer") else "diffusion_pytorch_model.safetensors"
         same = (begin / name / file).read_bytes() == (tmp_path / "model" / name / file).read_bytes()
         assert same == kept, name
+    average = torch.load(tmp_path / "checkpoints" / "doubt.pt")["average"]["unet"]
+    before, after = (load_file(m / "unet" / "diffusion_pytorch_model.safetensors") for m in (begin, tmp_path / "model"))
+    learned, stayed = (torch.cat([(to[n] - before[n]).float().flatten() for n in before]) for to in (average, after))
+    assert float(learned @ stayed / (learned @ learned)) == pytest.approx(PLAN.doubt_share, abs=0.1)
 
 
 def test_a_finished_stage_is_not_done_again(trained: Path) -> None:
