@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from buildtool.store import machine
+from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Component, Manifest, TensorSpec, Variant
 from runtimes import timeline
 from runtimes.weights import Weights
@@ -128,6 +130,29 @@ class Loader(abc.ABC):
         options: Mapping[str, Any],
         device: torch.device,
     ) -> Engine: ...
+
+
+def check_target(folder: Path, manifest: Manifest, device: torch.device) -> None:
+    """Whether code that was compiled for this very kind of processor or GPU runs here.
+
+    Raises:
+        SdxlError: it is of another kind.
+    """
+    target = manifest.key.target
+    if target.startswith("cpu-"):
+        level = target.removeprefix("cpu-")
+        if not machine.cpu_runs(level):
+            raise SdxlError(
+                f"{folder} was built for processors with {level}; this one has {machine.cpu_isa()}.",
+                f"Build it on this machine: {' '.join(manifest.command)}",
+            )
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if target != f"sm{major}{minor}":
+        raise SdxlError(
+            f"{folder} was built for {target}; {torch.cuda.get_device_name(device)} is sm{major}{minor}.",
+            f"Build it on this machine: {' '.join(manifest.command)}",
+        )
 
 
 def rebuild_hint(manifest: Manifest) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buildtool.store import interpreter, machine
+from buildtool.store import interpreter
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Component, Manifest, TensorSpec, Variant
-from runtimes.base import Engine, Loader, rebuild_hint
+from runtimes.base import Engine, Loader, check_target, rebuild_hint
 
 SHARED = Path("/dev/shm")
 ALIGNMENT = 256
@@ -184,21 +184,7 @@ class OnediffGraphLoader(Loader):
                     f"and what {compiler} compiled holds for the versions that it was compiled with.",
                     rebuild_hint(manifest).removesuffix(" --force"),
                 )
-        target = manifest.key.target
-        if target.startswith("cpu-"):
-            level = target.removeprefix("cpu-")
-            if not machine.cpu_runs(level):
-                raise SdxlError(
-                    f"{folder} was built for processors with {level}; this one has {machine.cpu_isa()}.",
-                    f"Build it on this machine: {' '.join(manifest.command)}",
-                )
-            return
-        major, minor = torch.cuda.get_device_capability(device)
-        if target != f"sm{major}{minor}":
-            raise SdxlError(
-                f"{folder} was built for {target}; {torch.cuda.get_device_name(device)} is sm{major}{minor}.",
-                f"Build it on this machine: {' '.join(manifest.command)}",
-            )
+        check_target(folder, manifest, device)
 
     def _engine(
         self,

@@ -14,7 +14,7 @@ from buildtool.store import machine
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Component, Manifest, Variant
 from runtimes import timeline
-from runtimes.base import Engine, Loader, rebuild_hint
+from runtimes.base import Engine, Loader, check_target, rebuild_hint
 from runtimes.cuda_graph import GraphedCall
 from runtimes.gpu_upload import out_of_memory
 
@@ -165,21 +165,7 @@ class TorchPackageLoader(Loader):
                 "runs only with the torch that built it.",
                 rebuild_hint(manifest).removesuffix(" --force"),
             )
-        target = manifest.key.target
-        if target.startswith("cpu-"):
-            level = target.removeprefix("cpu-")
-            if not machine.cpu_runs(level):
-                raise SdxlError(
-                    f"{folder} was built for processors with {level}; this one has {machine.cpu_isa()}.",
-                    f"Build it on this machine: {' '.join(manifest.command)}",
-                )
-            return
-        major, minor = torch.cuda.get_device_capability(device)
-        if target != f"sm{major}{minor}":
-            raise SdxlError(
-                f"{folder} was built for {target}; {torch.cuda.get_device_name(device)} is sm{major}{minor}.",
-                f"Build it on this machine: {' '.join(manifest.command)}",
-            )
+        check_target(folder, manifest, device)
 
     def _engine(
         self,
