@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from buildtool.store.manifest import TensorSpec
+from runtimes.gpu_upload import DriverError
+from runtimes.memset_nodes import MemsetNodes
 
 log = logging.getLogger("runtimes")
 
@@ -27,6 +29,7 @@ class GraphPool:
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.cuda.MemPool()
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.memsets = MemsetNodes()
 
     @property
     def handle(self) -> Any:
@@ -108,11 +111,21 @@ class GraphedCall:
         with torch.cuda.stream(pool.stream), torch.cuda.use_mem_pool(pool.memory):
             self._run()
         pool.stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         # thread_local: other threads may allocate meanwhile (weights are still being uploaded).
         with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
             self._run()
+        self._mend(graph, pool.memsets)
+        graph.instantiate()
         self._graph = graph
+
+    def _mend(self, graph: torch.cuda.CUDAGraph, memsets: MemsetNodes) -> None:
+        """Memsets as kernels, which the GPU comes to sooner."""
+        try:
+            count = memsets.replace(graph.raw_cuda_graph())
+            log.debug("%s: %d memsets of its CUDA graph became kernels.", self._name, count)
+        except (DriverError, AttributeError) as error:
+            log.info("%s: memsets of its CUDA graph stay as they are, which is slower: %s.", self._name, error)
 
     def _run(self) -> None:
         # Outputs are copied out of the pool, which the next graph to run overwrites.

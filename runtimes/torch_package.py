@@ -1,11 +1,12 @@
 """Runs the torch backend's packages: AOTInductor code, weights attached by pointer."""
 
 import contextlib
+import os
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -142,15 +143,40 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def out_of_memory_told(what: str, device: torch.device) -> Iterator[None]:
-    """A full GPU as one line. Compiled code says only that some call failed, so the allocator is asked."""
+    """A full GPU as one line. Compiled code says only that some call failed, so the allocator is asked.
+
+    What compiled code then writes to stderr itself (60 lines of C++ frames) is left out.
+    """
     before = torch.cuda.memory_stats(device).get("num_ooms", 0)
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or torch.cuda.memory_stats(device).get("num_ooms", 0) > before:
-            free, total = torch.cuda.mem_get_info(device)
-            raise out_of_memory(f"what {what} computes", free, total) from error
-        raise
+    with held_stderr() as held:
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or torch.cuda.memory_stats(device).get("num_ooms", 0) > before:
+                held.truncate(0)
+                free, total = torch.cuda.mem_get_info(device)
+                raise out_of_memory(f"what {what} computes", free, total) from error
+            raise
+
+
+@contextlib.contextmanager
+def held_stderr() -> Iterator[IO[bytes]]:
+    """What is written to this process's stderr, libraries in C included, goes to a file, and on to stderr at the end."""
+    with tempfile.TemporaryFile() as held:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # a process without one
+            yield held
+            return
+        try:
+            os.dup2(held.fileno(), 2)
+            yield held
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            with contextlib.suppress(OSError):
+                os.write(2, held.read())
 
 
 class TorchPackageLoader(Loader):
