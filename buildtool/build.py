@@ -225,7 +225,7 @@ class _Build:
         row = self.table[name]
         precision = row.precision(self.source.configs, self.request)
         # What is upcast in an fp16 artifact is held to fp16's tolerance: its products may be TF32's.
-        tolerance = row.tolerance[self.request.precision]
+        tolerance = row.tolerated(self.request.precision)
         check = Check(status="deferred", error={}, tolerance=tolerance, reason="never run so far")
         tensors: dict[str, StoredTensor] = {}
         variants = {}
@@ -304,7 +304,10 @@ class _Build:
         digest = None if self.planned.spec.force else self._known_blob(source, described)
         if digest is None:
             with self.progress.stage(f"{described.weights.removesuffix('.safetensors')}: write"):
-                layout = {n: PlannedTensor(t.shape, t.dtype, t.stride, t.sources) for n, t in described.tensors.items()}
+                layout = {
+                    n: PlannedTensor(t.shape, t.dtype, t.stride, t.sources, t.recipe)
+                    for n, t in described.tensors.items()
+                }
                 weights.write(path, layout, tensors, self.progress.update)
                 digest = self.store.add_blob(path)
         if not self.store.link(self.store.blob(digest), path):

@@ -116,7 +116,7 @@ def _build_options(command: Command) -> Command:
         click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images per call."),
         click.option(
             "--precision",
-            type=click.Choice(["fp32", "fp16", "bf16"]),
+            type=click.Choice(["fp32", "fp16", "bf16", "fp8"]),
             help="What to compute in.  [default: fp16 on a GPU, fp32 on the CPU]",
         ),
         click.option(

@@ -20,11 +20,10 @@ COMPONENTS = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"
 ENCODER = {"vae_encoder": "vae"}
 """The same, for ``with_encoder``: text to image has no use for it."""
 UNSIZED = ("text_encoder", "text_encoder_2")
-PRECISIONS = ("fp32", "fp16", "bf16")
 # Settings of a VAE's config that its graph doesn't read: fine-tunes that differ in them share code.
 NOT_COMPILED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size")
 
-NOT_IN_CODE = ("golden", "encoder", "freeu", "deepcache", "lora", "dynamic")
+NOT_IN_CODE = ("golden", "encoder", "freeu", "deepcache", "lora", "dynamic", "fp8")
 """Options that shape no component's code, or not every component's."""
 
 
@@ -126,10 +125,18 @@ def plan(spec: Spec, progress: Progress | None = None) -> list[Plan]:
             )
         row = row.flavored(flavor)
     precision = spec.precision or ("fp32" if target.device == "cpu" else "fp16")
-    if precision not in PRECISIONS:
-        raise SdxlError(f"The {spec.backend} backend has no precision {precision}.", f"Try: {', '.join(PRECISIONS)}.")
+    if precision not in row.precisions:
+        raise SdxlError(
+            f"The {spec.backend} backend has no precision {precision}.", f"Try: {', '.join(row.precisions)}."
+        )
     if target.device == "cpu" and precision != "fp32":
         raise SdxlError(f"On a CPU the {spec.backend} backend runs in fp32, not {precision}.", "Leave --precision out.")
+    if precision == "fp8" and not set(target.names) <= set(registry.FP8_TARGETS):
+        raise SdxlError(
+            f"--precision fp8 needs a GPU that multiplies in fp8 ({', '.join(registry.FP8_TARGETS)}), "
+            f"and {target.name} doesn't.",
+            "Try: fp16.",
+        )
     if spec.batch < 1:
         raise SdxlError(f"--batch is the images per call, at least 1; {spec.batch} was given.")
     if spec.dynamic and not row.flavors:
@@ -227,6 +234,8 @@ def _plan(
         toolchain |= {f"onediff.{name}": version for name, version in packages.items()}
         if options["compiler"] != "nexfort":
             options.pop("mode")
+    if precision == "fp8":
+        options["fp8"] = True  # which of the UNet's products: exporters.fp8
     if spec.with_encoder:  # left out where it isn't, so that such artifacts keep their keys
         options["encoder"] = True
     if spec.dynamic is not None:
@@ -257,7 +266,8 @@ def _plan(
         options=options,
         toolchain={**toolchain, **_installed("transformers", "tokenizers", hint="pip install sdxl-build")},
     )
-    upcast = precision == "fp16" and source.configs["vae"].get("force_upcast", False)
+    half = "fp16" if precision == "fp8" else precision  # of all but the UNet
+    upcast = half == "fp16" and source.configs["vae"].get("force_upcast", False)
     codes = {}
     for component, of in (COMPONENTS | (ENCODER if spec.with_encoder else {})).items():
         config = {n: v for n, v in source.configs[of].items() if of != "vae" or n not in NOT_COMPILED}
@@ -272,7 +282,7 @@ def _plan(
             width=width if sized else 0,
             height=height if sized else 0,
             batch=spec.batch if sized else 0,
-            precision="fp32" if of == "vae" and upcast else precision,
+            precision="fp32" if of == "vae" and upcast else precision if component == "unet" else half,
             options=_code_options(row, options, source.weights[of], of == "vae" and upcast)
             | (_unet_code_options(options) if component == "unet" else {})
             | ({"dynamic": options["dynamic"]} if sized and "dynamic" in options else {}),

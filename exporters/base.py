@@ -34,13 +34,15 @@ class StoredTensor:
     """A tensor as the weights file holds it: the joined sources, then this shape, dtype and stride.
 
     The sources are joined along their first dimension, flattened first where ``shape`` has one
-    dimension, and padded with zeros up to ``shape[0]``.
+    dimension, and padded with zeros up to ``shape[0]``. With a ``recipe`` they are what that takes
+    (:data:`exporters.fp8.RECIPES`).
     """
 
     shape: tuple[int, ...]
     dtype: str
     stride: tuple[int, ...]
     sources: tuple[str, ...]
+    recipe: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Request:
     Args:
         width, height: pixels, multiples of 8.
         batch: images per call.
-        precision: ``fp32``, ``fp16`` or ``bf16``.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``fp8``.
         device: torch's name of the device to trace and compile on, ``cpu`` or ``cuda:0``.
         target: ``cpu-avx512``, ``sm90``, …: what the code has to run on.
         options: the backend's own options.

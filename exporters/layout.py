@@ -50,7 +50,10 @@ def pad_small(module: nn.Module) -> dict[str, str]:
 
 
 def plan(
-    parameters: Mapping[str, Tensor], sources: Mapping[str, tuple[str, ...]], renamed: Mapping[str, str]
+    parameters: Mapping[str, Tensor],
+    sources: Mapping[str, tuple[str, ...]],
+    renamed: Mapping[str, str],
+    recipes: Mapping[str, str] = {},
 ) -> dict[str, StoredTensor]:
     """The weights file's plan: parameter name -> how it lies there and which source tensors it holds."""
     return {
@@ -59,6 +62,7 @@ def plan(
             dtype=str(tensor.dtype).removeprefix("torch."),
             stride=tuple(tensor.stride()),
             sources=sources[renamed.get(name, name)],
+            recipe=recipes.get(name, ""),
         )
         for name, tensor in parameters.items()
     }

@@ -8,6 +8,10 @@ from typing import Any
 from exporters.base import Exporter, ExportError
 from exporters.trt_flavor import FLAVORS, Flavor
 
+PRECISIONS = ("fp32", "fp16", "bf16")
+FP8_TARGETS = ("sm89", "sm90", "sm100", "sm103", "sm120", "sm121")
+"""GPUs that multiply in fp8."""
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -21,6 +25,7 @@ class Backend:
         tunes: whether the code is tuned for the exact GPU, whose name then belongs in the key.
         install: the pip line for what it needs.
         options: device kind -> what the artifact's key says of how it is run there.
+        precisions: what it can compute in, on a GPU.
         on_gpu: packages that it needs besides, for a GPU; they are in the key too.
         weighted: whether compiled code holds the weights, whose digest then belongs in its key.
         targets: what it builds for on any machine; empty: only for what is present.
@@ -37,6 +42,7 @@ class Backend:
     tunes: bool
     install: str
     options: Mapping[str, Mapping[str, Any]]
+    precisions: tuple[str, ...] = PRECISIONS
     on_gpu: tuple[str, ...] = ()
     weighted: bool = False
     targets: tuple[str, ...] = ()
@@ -70,10 +76,11 @@ BACKENDS = {
         exporter="exporters.torch_package:TorchExporter",
         loader="torch_package",
         distributions=("diffusers",),
-        version=4,
+        version=5,
         tunes=True,
         install="pip install sdxl-build",
         options={"cuda": {"tf32": True}},
+        precisions=(*PRECISIONS, "fp8"),
         on_gpu=("triton",),
     ),
     "onnx": Backend(

@@ -5,17 +5,19 @@ Every exporter reads this table; none has its own idea of a component.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from exporters import clip, deepcache, freeu, fusion
+from exporters import clip, deepcache, fp8, freeu, fusion
 from exporters.base import ExportError, Request, TensorSpec
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TENSORS = {**DTYPES, "fp8": torch.float16}
+"""What goes in and out: fp8 is for the inside of a component."""
 PROMPT_TOKENS = 77
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -110,10 +112,14 @@ class ReferenceTextEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Graph:
-    """A module to compile, and the checkpoint's tensors behind each of its parameters."""
+    """A module to compile, and the checkpoint's tensors behind each of its parameters.
+
+    ``recipes`` has the parameters that are computed of those.
+    """
 
     module: nn.Module
     sources: dict[str, tuple[str, ...]]
+    recipes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,8 +151,15 @@ class Component:
 
     def precision(self, configs: Configs, request: Request) -> str:
         """What the component computes in: the VAE in fp32 where diffusers upcasts it."""
+        if request.precision == "fp8" and self.source == "unet":
+            return "fp8"
+        half = "fp16" if request.precision == "fp8" else request.precision
         upcast = self.source == "vae" and configs["vae"].get("force_upcast", False)
-        return "fp32" if upcast and request.precision == "fp16" else request.precision
+        return "fp32" if upcast and half == "fp16" else half
+
+    def tolerated(self, precision: str) -> float:
+        """The allowed error in an artifact of this precision; components that aren't in fp8 are in fp16."""
+        return self.tolerance[precision if precision in self.tolerance else "fp16"]
 
     def outputs_of(self, variant: str) -> tuple[str, ...]:
         """The outputs' names of one variant: a shallow one has only the first."""
@@ -308,10 +321,13 @@ def _unet_reference(
 def _unet_graph(config: Mapping[str, Any], device: str, dtype: torch.dtype, options: Mapping[str, Any] = {}) -> Graph:
     unet = fill_with_noise(_diffusers_model(config), device, dtype)
     joined = {**fusion.join_attention(unet), **fusion.join_time_projections(unet)}
-    sources = {f"model.{name}": joined.get(name, (name,)) for name in unet.state_dict()}
+    recipes = fp8.quantize(unet, joined) if options.get("fp8") else {}
+    known = joined | {name: sources for name, (_, sources) in recipes.items()}
+    sources = {f"model.{name}": known.get(name, (name,)) for name in unet.state_dict()}
     if "freeu" in options:
         freeu.enable(unet, options["freeu"])
-    return Graph(JoinedUNetGraph(unet, _branch(options)).eval(), sources)
+    made = {f"model.{name}": recipe for name, (recipe, _) in recipes.items()}
+    return Graph(JoinedUNetGraph(unet, _branch(options)).eval(), sources, made)
 
 
 def _branch(options: Mapping[str, Any]) -> int | None:
@@ -373,7 +389,7 @@ COMPONENTS: tuple[Component, ...] = (
         variants=("cfg", "nocfg"),
         sized=True,
         batched=True,
-        tolerance={"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2},
+        tolerance={"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2, "fp8": 1e-1},
         inputs=_unet_inputs,
         outputs=("noise_pred",),
         reference=_unet_reference,
@@ -407,9 +423,9 @@ COMPONENTS: tuple[Component, ...] = (
 
 
 def component(name: str, options: Mapping[str, Any] = {}) -> Component:
-    """The row of a component, as an artifact's options (``freeu``, ``deepcache``) change it."""
+    """The row of a component, as an artifact's options (``freeu``, ``deepcache``, ``fp8``) change it."""
     row = next(c for c in COMPONENTS if c.name == name)
-    if name != "unet" or not options.keys() & {"freeu", "deepcache"}:
+    if name != "unet" or not options.keys() & {"freeu", "deepcache", "fp8"}:
         return row
     row = replace(row, reference=partial(_unet_reference, options=options), graph=partial(_unet_graph, options=options))
     if "deepcache" not in options:
@@ -426,7 +442,7 @@ def example_inputs(
     Values look like a run's: unit-normal latents and text, a middle timestep, the resolution's own
     micro-conditioning, prompts that end somewhere.
     """
-    dtype = DTYPES[component.precision(configs, request)]
+    dtype = TENSORS[component.precision(configs, request)]
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Tensor] = {}
     for want in component.inputs(configs, request, variant, dtype):

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exporters import layout
+from exporters import inductor, layout
 from exporters.base import Exporter, ExportError, Request, VariantCode
-from exporters.sdxl import DTYPES, Component, Configs, example_inputs, spec_of
+from exporters.sdxl import TENSORS, Component, Configs, example_inputs, spec_of
 
 MARCH = {"avx512": "x86-64-v4", "avx2": "x86-64-v3", "sse4": "x86-64-v2"}
 
@@ -36,9 +36,9 @@ class TorchExporter(Exporter):
     name = "torch"
 
     def check_request(self, request: Request) -> None:
-        if request.precision not in DTYPES:
+        if request.precision not in TENSORS:
             raise ExportError(
-                f"The torch backend has no precision {request.precision!r}.", f"It has: {', '.join(DTYPES)}."
+                f"The torch backend has no precision {request.precision!r}.", f"It has: {', '.join(TENSORS)}."
             )
         if request.device == "cpu":
             if request.precision != "fp32":
@@ -66,13 +66,15 @@ class TorchExporter(Exporter):
     def _export(
         self, component: Component, variant: str, configs: Configs, request: Request, out: Path, stem: str
     ) -> VariantCode:
-        dtype = DTYPES[component.precision(configs, request)]
+        dtype = TENSORS[component.precision(configs, request)]
         graph = component.graph(configs[component.source], request.device, dtype)
         renamed = layout.pad_small(graph.module)
         inputs = example_inputs(component, configs, request, variant)
         file = out / f"{stem}.pt2"
         with _gpu_settings(request):
             program = torch.export.export(graph.module, (), kwargs=inputs, strict=False)
+            if request.device != "cpu":
+                inductor.join_channels_last(program.graph)
             used = _constants(program, stem)
             results = [node.meta["val"] for node in program.graph.find_nodes(op="output")[0].args[0]]
             _compile(program, file, request)
@@ -85,7 +87,7 @@ class TorchExporter(Exporter):
                 spec_of(name, tensor) for name, tensor in zip(component.outputs_of(variant), results, strict=True)
             ),
             constants={name: name for name in parameters},
-            tensors=layout.plan(parameters, graph.sources, renamed),
+            tensors=layout.plan(parameters, graph.sources, renamed, graph.recipes),
         )
 
 
@@ -98,7 +100,7 @@ def _gpu_settings(request: Request) -> Iterator[None]:
     backends = ATTENTION.get(request.target, ATTENTION["others"])
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     matmul.allow_tf32 = cudnn.allow_tf32 = bool(request.options.get("tf32"))
-    with sdpa_kernel(list(backends), set_priority=True):
+    with sdpa_kernel(list(backends), set_priority=True), inductor.choices():
         yield
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from exporters import fp8
 from exporters.base import ExportError, StoredTensor
 
 ALIGNMENT = 256
@@ -80,7 +81,10 @@ def physical(name: str, stored: StoredTensor, source: Mapping[str, Tensor]) -> T
         parts = [source[s] for s in stored.sources]
     except KeyError as error:
         raise ExportError(f"The checkpoint has no tensor {error.args[0]!r}, which the compiled code reads.") from None
-    logical = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if stored.recipe:
+        logical = fp8.derive(stored.recipe, parts)
+    else:
+        logical = torch.cat(parts) if len(parts) > 1 else parts[0]
     if len(stored.shape) == 1:
         logical = logical.flatten()
     missing = stored.shape[0] - logical.shape[0]

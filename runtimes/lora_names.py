@@ -45,6 +45,11 @@ def places(path: Path, manifest: Manifest, option: str = " --lora FILE[:SCALE]")
             f"A LoRA can't go into an artifact of the {manifest.key.backend} backend: its engines hold their weights.",
             f"Build it in: {shlex.join(manifest.command)}{option}",
         )
+    if any(stored.recipe for c in manifest.components.values() for stored in c.tensors.values()):
+        raise SdxlError(
+            "A LoRA can't go into an fp8 artifact: its weights are rounded, and would not come back.",
+            f"Build it in: {shlex.join(manifest.command)}{option}",
+        )
     rows = {n: _rows(c) for n, c in manifest.components.items() if n in lora.COMPONENTS}
     sizes = {name: {source: size for source, (_, _, size) in some.items()} for name, some in rows.items()}
     layers = manifest.key.configs.get("unet", {}).get("layers_per_block", 2)

@@ -161,7 +161,7 @@ def out_of_memory_told(what: str, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_stderr() -> Iterator[IO[bytes]]:
-    """What is written to this process's stderr, libraries in C included, goes to a file, and on to stderr at the end."""
+    """What this process writes to stderr, its libraries in C too, goes to a file first, and to stderr at the end."""
     with tempfile.TemporaryFile() as held:
         try:
             stderr = os.dup(2)

@@ -42,13 +42,15 @@ class StoredTensor(_Struct, frozen=True):
     """A tensor of a weights file: flat there, in physical order; this is the view to rebuild.
 
     ``sources`` are the checkpoint's tensors that it holds: joined along the first dimension,
-    flattened where ``shape`` has one dimension, and zero-padded up to ``shape[0]``.
+    flattened where ``shape`` has one dimension, and zero-padded up to ``shape[0]``. With a ``recipe``, which only
+    fp8 has, they are what it was computed of.
     """
 
     shape: tuple[Size, ...]
     dtype: Dtype
     stride: tuple[Size, ...]
     sources: tuple[str, ...]
+    recipe: str = ""
 
 
 class Check(_Struct, frozen=True):

@@ -18,7 +18,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_frames_of_compiled_code_are_left_out(allocator: dict[str, int], capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SdxlError, match="no room for what unet.cfg computes"), out_of_memory_told("unet.cfg", "cuda"):
+    with pytest.raises(SdxlError, match="no room for what unet"), out_of_memory_told("unet.cfg", "cuda"):
         os.write(2, b"[E1127 c_shim_cuda.cpp:770] frame #0\nframe #1\n")
         allocator["num_ooms"] += 1
         raise RuntimeError("run_func_ failed")
