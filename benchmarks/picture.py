@@ -324,11 +324,11 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         good = run(options, read, Path(scratch), tell)
     counts = sorted({len(row.runs) for row in rows if row.runs})
-    against = {"fp32": " in fp32, TF32 off", "same": " in the same precision", "none": ": not compared"}
+    against = {"fp32": "diffusers eager in fp32, TF32 off", "same": "diffusers eager in the peers' precision"}
     print(
         f"\nMedian of {', '.join(map(str, counts)) or 'no'} calls each after {options.warmup} and the first, by the "
-        "clock; parts are seconds by each process's own clock. PSNR and the latents' relative error are to diffusers "
-        f"eager{against[options.reference]}."
+        "clock; parts are seconds by each process's own clock. PSNR and the latents' relative error are to "
+        f"{against.get(options.reference, 'nothing: it was not compared')}."
     )
     write(complete=True)
     return 0 if good else 1
