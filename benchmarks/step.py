@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,6 @@ class Subject:
     wanted: Mapping[str, Any]
     exact: Callable[[], bool] = lambda: True
     ours: bool = False
-    compiles: bool = False
-    """Whether its first call may take minutes."""
     call: Call | None = None
     first_seconds: float = 0.0
     cached: bool = False
@@ -231,14 +229,6 @@ def measure(subjects: Sequence[Subject], device: Any, *, calls: int, rounds: int
             del made
 
 
-def sides(subjects: Sequence[Subject]) -> list[list[Subject]]:
-    """Who is timed side by side: all that only load, then ours again with each that compiles."""
-    ours = next(subject for subject in subjects if subject.ours)
-    slow = [subject for subject in subjects if subject.compiles]
-    again = [replace(ours, milliseconds=[], wall=[], errors={}) for _ in slow]
-    return [[s for s in subjects if not s.compiles], *map(list, zip(again, slow, strict=True))]
-
-
 def rows_of(engine: str, subjects: Sequence[Subject]) -> list[Row]:
     """Table rows; ratios are to the first of ours."""
     ours = next(report.spread(s.milliseconds).median for s in subjects if s.ours)
@@ -296,7 +286,7 @@ def subjects_of(
     members: Sequence[Any], component: str, variant: str, names: Mapping[int, str], peers: Any, asked: Sequence[str]
 ) -> list[Subject]:
     """Artifacts, by the names given for them, and peers, which are called with the first artifact's golden inputs."""
-    from benchmarks.peers import COMPILE, title
+    from benchmarks.peers import title
 
     made = []
     for artifact in members:
@@ -312,8 +302,7 @@ def subjects_of(
         if component.startswith("text_encoder") and name == "eager-nchw":
             continue  # it has no pictures
         start = functools.partial(peers.call, name)
-        exact, compiles = (lambda: bool(peers.exact)), name in COMPILE
-        made.append(Subject(title(name, component), start, first.inputs, first.wanted, exact, compiles=compiles))
+        made.append(Subject(title(name, component), start, first.inputs, first.wanted, lambda: bool(peers.exact)))
     return made
 
 
@@ -339,6 +328,26 @@ def groups(pairs: Sequence[tuple[Any, str, str]]) -> list[tuple[str, str, list[A
     return sorted(found.values(), key=lambda group: group[0])  # a component's peers are used up before the next's
 
 
+def side_by_side(
+    grouped: Sequence[tuple[str, str, list[Any]]], peers: Sequence[str]
+) -> list[tuple[str, str, list[Any], list[str]]]:
+    """What is timed in turns, in order: (component, variant, artifacts, peers).
+
+    First come all artifacts with the peers that only load; then, for each peer that compiles, the first artifact once
+    more beside it.
+    """
+    from benchmarks.peers import COMPILE
+
+    loaded = [(*group, [name for name in peers if name not in COMPILE]) for group in grouped]
+    compiled = [
+        (component, variant, members[:1], [name])
+        for component, variant, members in grouped
+        for name in peers
+        if name in COMPILE
+    ]
+    return loaded + compiled
+
+
 def run(options: argparse.Namespace, artifacts: Sequence[Any], tell: Callable[[Sequence[Row]], None]) -> None:
     """Measures everything; ``tell`` gets rows as soon as they are measured."""
     import torch
@@ -351,7 +360,8 @@ def run(options: argparse.Namespace, artifacts: Sequence[Any], tell: Callable[[S
     asked = [(a, *pair) for a in artifacts for pair in engines_of(a.manifest, options.component)]
     peers: Any = None
     last: Any = None
-    for component, variant, members in groups(asked):
+    shown = set()
+    for component, variant, members, some in side_by_side(groups(asked), list(dict.fromkeys(options.peer))):
         leader = members[0]
         if last != (id(leader), component):
             peers = None  # the last component's are freed first
@@ -360,11 +370,12 @@ def run(options: argparse.Namespace, artifacts: Sequence[Any], tell: Callable[[S
             peers, last = Peers(leader.folder, leader.manifest, component, leader.device), (id(leader), component)
         batch = leader.manifest.components[component].variants[variant].inputs[0].shape[0]
         print(f"{component}.{variant}:", file=sys.stderr, flush=True)
-        side_by_side = sides(subjects_of(members, component, variant, labels, peers, options.peer))
-        for subjects in side_by_side:
-            measure(subjects, leader.device, calls=options.calls, rounds=options.rounds, warmup=options.warmup)
-            rows = rows_of(f"{component}.{variant}, batch {batch}", subjects)
-            tell(rows if subjects is side_by_side[0] else rows[1:])  # ours has its row
+        subjects = subjects_of(members, component, variant, labels, peers, some)
+        measure(subjects, leader.device, calls=options.calls, rounds=options.rounds, warmup=options.warmup)
+        rows = rows_of(f"{component}.{variant}, batch {batch}", subjects)
+        group = component, variant, id(leader)
+        tell(rows[1:] if group in shown else rows)  # ours has its row already
+        shown.add(group)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -45,18 +45,16 @@ def test_who_is_wrong_is_told() -> None:
     assert "0.0e+00" in table and "2.5e-01" in table
 
 
-def test_ours_has_its_row_before_a_peer_compiles_and_is_timed_again_beside_it() -> None:
-    calls: list[tuple[str, float]] = []
-    subjects = [doubling(name, calls, ours=name == "a") for name in ("a", "b", "c", "d")]
-    subjects[1].compiles = subjects[3].compiles = True
-    first, *rest = step.sides(subjects)
-    assert [[s.name for s in some] for some in (first, *rest)] == [["a", "c"], ["a", "b"], ["a", "d"]]
-    step.measure(first, CPU, calls=2, rounds=1, warmup=0)
-    assert {name for name, _ in calls} == {"a", "c"} and len(step.rows_of("unet.cfg", first)) == 2
-    kept = list(subjects[0].milliseconds)
-    step.measure(rest[0], CPU, calls=4, rounds=2, warmup=0)
-    assert subjects[0].milliseconds == kept and len(rest[0][0].milliseconds) == len(rest[0][1].milliseconds) == 4
-    assert step.rows_of("unet.cfg", rest[0])[1].ratio is not None
+def test_what_only_loads_is_measured_before_anything_compiles() -> None:
+    grouped: Any = [("unet", "cfg", ["a", "b"]), ("unet", "nocfg", ["a"])]
+    assert step.side_by_side(grouped, ["compile", "eager", "max-autotune"]) == [
+        ("unet", "cfg", ["a", "b"], ["eager"]),
+        ("unet", "nocfg", ["a"], ["eager"]),
+        ("unet", "cfg", ["a"], ["compile"]),
+        ("unet", "cfg", ["a"], ["max-autotune"]),
+        ("unet", "nocfg", ["a"], ["compile"]),
+        ("unet", "nocfg", ["a"], ["max-autotune"]),
+    ]
 
 
 def test_other_weights_have_no_error() -> None:
