@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import mmap
 import os
 import subprocess
@@ -198,7 +199,6 @@ def measure_ours(options: argparse.Namespace, folder: Path, manifest: Manifest) 
                 command += ["--gpu-index", str(options.gpu_index)]
             saved, ended, out = timed(command, picture)
         if number >= 0:
-            print(f"run {number + 1}: saved after {saved:.3f} s", file=sys.stderr, flush=True)
             yield Run(saved, ended, spans_of(json.loads(out)), share)
 
 
@@ -212,7 +212,6 @@ def measure_diffusers(options: argparse.Namespace, folder: Path) -> Iterator[Run
             saved, ended, out = timed(command, picture)
         if number >= 0:
             spans = spans_of(json.loads(out.strip().splitlines()[-1]))
-            print(f"diffusers, run {number + 1}: saved after {saved:.3f} s", file=sys.stderr, flush=True)
             yield Run(saved, ended, spans, float("nan"))
 
 
@@ -327,9 +326,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs: dict[str, list[Run]] = {}
 
     def collect(name: str, measured: Iterator[Run]) -> list[Run]:
-        """All runs; the file is written anew after each, so that one who cuts this off keeps what there was."""
+        """All runs; each is printed and the file written anew when it has ended, so that one who cuts this off keeps
+        what there was."""
+        shown = report.Table(("run", "saved picture, s", "process gone, s", "of the artifact in the page cache"))
         for run in measured:
             runs.setdefault(name, []).append(run)
+            share = "" if math.isnan(run.resident) else f"{100 * run.resident:.0f}%"
+            shown.add([f"{name}, {len(runs[name])}", f"{run.saved:.3f}", f"{run.ended:.3f}", share])
             summary = {
                 name: {"saved": report.spread([r.saved for r in some]), "ended": report.spread([r.ended for r in some])}
                 for name, some in runs.items()
@@ -343,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ours = collect("ours", measure_ours(options, folder, manifest))
     share = report.spread([run.resident for run in ours])
     weights = sum(manifest.files[name].size for name in {c.weights for c in manifest.components.values() if c.weights})
-    print(f"`sdxl-run`, {options.steps} steps, guidance {options.guidance:g}, until {options.guidance_until:g}\n")
+    print(f"\n`sdxl-run`, {options.steps} steps, guidance {options.guidance:g}, until {options.guidance_until:g}\n")
     print(render(ours))
     how = "they had been dropped" if options.cold else "read once before"
     print(
@@ -355,7 +358,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.peer:
         print(f"\ndiffusers, eager, {manifest.key.precision}, random weights made on the device\n", flush=True)
-        print(render(collect("diffusers", measure_diffusers(options, folder))))
+        theirs = collect("diffusers", measure_diffusers(options, folder))
+        print(f"\n{render(theirs)}")
         print(f"\nMedian of {options.peer_runs} fresh processes.")
     return 0
 
