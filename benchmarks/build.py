@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ def build(what: str, store: Path, words: Sequence[str]) -> Build:
         SystemExit: it failed; its own words are in the message.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    print(f"{what}: begins …", file=sys.stderr, flush=True)
     before, used = disk(store), resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
     done = subprocess.run(
@@ -91,17 +92,16 @@ def build(what: str, store: Path, words: Sequence[str]) -> Build:
         raise SystemExit(f"Error: {what}: sdxl-build ended with {done.returncode}. {done.stderr.strip()[-2000:]}")
     (told,) = json.loads(done.stdout)["artifacts"]
     processor = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    print(f"{what}: {seconds:.1f} s", file=sys.stderr)
+    print(f"{what}: {seconds:.1f} s", file=sys.stderr, flush=True)
     return Build(what, seconds, processor, disk(store) - before, told)
 
 
-def render(builds: Sequence[Build]) -> str:
-    rows = [
-        [b.what, f"{b.seconds:.1f}", f"{b.processor_seconds:.0f}", report.size(b.added), b.compiled, b.slowest]
-        for b in builds
-    ]
-    headers = ("build", "seconds", "processor seconds", "added on disk", "compiled", "longest parts, s")
-    return report.table(headers, rows)
+HEADERS = ("build", "seconds", "processor seconds", "added on disk", "compiled", "longest parts, s")
+
+
+def cells(b: Build) -> list[str]:
+    """A row of the table, by ``HEADERS``."""
+    return [b.what, f"{b.seconds:.1f}", f"{b.processor_seconds:.0f}", report.size(b.added), b.compiled, b.slowest]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -118,18 +118,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(options: argparse.Namespace, store: Path) -> list[Build]:
+def measure(options: argparse.Namespace, store: Path) -> Iterator[Build]:
+    """The builds, each when it has ended."""
     common = [options.backend, "--gpu", options.gpu, *options.options]
     size = ["--resolution", options.resolution] if options.resolution else []
     first = [*common, "--model", options.model, *size]
-    builds = [build("first artifact", store, first)]
+    yield build("first artifact", store, first)
     if options.other_resolution:
         words = [*common, "--model", options.model, "--resolution", options.other_resolution]
-        builds.append(build("further resolution", store, words))
+        yield build("further resolution", store, words)
     if options.other_model:
-        builds.append(build("further checkpoint", store, [*common, "--model", options.other_model, *size]))
-    builds.append(build("the first once more", store, first))
-    return builds
+        yield build("further checkpoint", store, [*common, "--model", options.other_model, *size])
+    yield build("the first once more", store, first)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,13 +137,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(words)
     with tempfile.TemporaryDirectory(prefix="sdxl-build-") as scratch:
         store = options.artifacts or Path(scratch)
-        builds = measure(options, store)
-        artifact = builds[0].manifest
-        print(render(builds))
-        where = report.hardware(artifact)
-        print(f"\n{report.footer([artifact], where, words)}")
-        told = [{"what": b.what, "seconds": b.seconds, "added": b.added, "told": b.told} for b in builds]
-        report.write_json(options.json, {"builds": told, "hardware": where, "command": report.command_line(words)})
+        shown, told = report.Table(HEADERS), []
+        footer = ""
+        try:
+            for made in measure(options, store):
+                where = report.hardware(made.manifest)
+                footer = footer or report.footer([made.manifest], where, words)
+                shown.add(cells(made))
+                told.append({"what": made.what, "seconds": made.seconds, "added": made.added, "told": made.told})
+                about = {"hardware": where, "command": report.command_line(words)}
+                report.write_json(options.json, {"builds": told, **about})
+        finally:  # also of those that came before one that failed
+            print(f"\n{footer}" if footer else "", flush=True)
     return 0
 
 

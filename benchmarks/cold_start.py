@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import mmap
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -181,10 +182,10 @@ def parts(runs: Sequence[Sequence[Span]]) -> list[Part]:
     return sorted(made, key=lambda part: (part.start.median, part.end.median))
 
 
-def measure_ours(options: argparse.Namespace, folder: Path, manifest: Manifest) -> list[Run]:
+def measure_ours(options: argparse.Namespace, folder: Path, manifest: Manifest) -> Iterator[Run]:
+    """The counted runs, each when it has ended."""
     paths = files_of(folder, manifest)
     warm(paths)
-    runs = []
     for number in range(-options.warmup, options.runs):
         if options.cold and number >= 0:
             drop(paths)
@@ -198,13 +199,11 @@ def measure_ours(options: argparse.Namespace, folder: Path, manifest: Manifest) 
                 command += ["--gpu-index", str(options.gpu_index)]
             saved, ended, out = timed(command, picture)
         if number >= 0:
-            runs.append(Run(saved, ended, spans_of(json.loads(out)), share))
-            print(f"run {number + 1}: saved after {saved:.3f} s", file=sys.stderr)
-    return runs
+            yield Run(saved, ended, spans_of(json.loads(out)), share)
 
 
-def measure_diffusers(options: argparse.Namespace, folder: Path) -> list[Run]:
-    runs = []
+def measure_diffusers(options: argparse.Namespace, folder: Path) -> Iterator[Run]:
+    """The counted runs, each when it has ended."""
     for number in range(-options.warmup, options.peer_runs):
         with tempfile.TemporaryDirectory() as scratch:
             picture = Path(scratch) / "picture.png"
@@ -213,9 +212,7 @@ def measure_diffusers(options: argparse.Namespace, folder: Path) -> list[Run]:
             saved, ended, out = timed(command, picture)
         if number >= 0:
             spans = spans_of(json.loads(out.strip().splitlines()[-1]))
-            runs.append(Run(saved, ended, spans, float("nan")))
-            print(f"diffusers, run {number + 1}: saved after {saved:.3f} s", file=sys.stderr)
-    return runs
+            yield Run(saved, ended, spans, float("nan"))
 
 
 def child(folder: Path, manifest: Manifest, picture: Path, options: argparse.Namespace) -> None:
@@ -325,35 +322,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.child:
         child(folder, manifest, Path(options.child), options)
         return 0
-    runs = {"ours": measure_ours(options, folder, manifest)}
-    if options.peer:
-        runs["diffusers"] = measure_diffusers(options, folder)
-    share = report.spread([run.resident for run in runs["ours"]])
+    where = report.hardware(manifest, options.gpu_index)
+    runs: dict[str, list[Run]] = {}
+
+    def collect(name: str, measured: Iterator[Run]) -> list[Run]:
+        """All runs; each is printed and the file written anew when it has ended, so that one who cuts this off keeps
+        what there was."""
+        shown = report.Table(("run", "saved picture, s", "process gone, s", "of the artifact in the page cache"))
+        for run in measured:
+            runs.setdefault(name, []).append(run)
+            share = "" if math.isnan(run.resident) else f"{100 * run.resident:.0f}%"
+            shown.add([f"{name}, {len(runs[name])}", f"{run.saved:.3f}", f"{run.ended:.3f}", share])
+            summary = {
+                name: {"saved": report.spread([r.saved for r in some]), "ended": report.spread([r.ended for r in some])}
+                for name, some in runs.items()
+            }
+            told = {"summary": summary, "runs": {name: [asdict(run) for run in some] for name, some in runs.items()}}
+            about = {"hardware": where, "command": report.command_line(words)}
+            report.write_json(options.json, {**told, **about})
+        return runs[name]
+
+    print(f"{report.footer([manifest], where, words)}\n", flush=True)
+    ours = collect("ours", measure_ours(options, folder, manifest))
+    share = report.spread([run.resident for run in ours])
     weights = sum(manifest.files[name].size for name in {c.weights for c in manifest.components.values() if c.weights})
-    print(f"`sdxl-run`, {options.steps} steps, guidance {options.guidance:g}, until {options.guidance_until:g}\n")
-    print(render(runs["ours"]))
+    print(f"\n`sdxl-run`, {options.steps} steps, guidance {options.guidance:g}, until {options.guidance_until:g}\n")
+    print(render(ours))
     how = "they had been dropped" if options.cold else "read once before"
     print(
         f"\nMedian of {options.runs} fresh processes after {options.warmup} uncounted. "
         f"Of the artifact ({report.size(weights)} of weights) {100 * share.least:.0f}% to {100 * share.most:.0f}% "
         f"lay in the page cache before a run: {how}. "
-        "Parts are by the process's own clock (its start is known to 0.01 s), totals by the parent's.\n"
+        "Parts are by the process's own clock (its start is known to 0.01 s), totals by the parent's.",
+        flush=True,
     )
     if options.peer:
-        print(f"diffusers, eager, {manifest.key.precision}, random weights made on the device\n")
-        print(render(runs["diffusers"]))
-        print(f"\nMedian of {options.peer_runs} fresh processes.\n")
-    where = report.hardware(manifest, options.gpu_index)
-    print(report.footer([manifest], where, words))
-    told = {name: [asdict(run) for run in some] for name, some in runs.items()}
-    summary = {
-        name: {"saved": report.spread([r.saved for r in some]), "ended": report.spread([r.ended for r in some])}
-        for name, some in runs.items()
-    }
-    report.write_json(
-        options.json,
-        {"summary": summary, "runs": told, "hardware": where, "command": report.command_line(words)},
-    )
+        print(f"\ndiffusers, eager, {manifest.key.precision}, random weights made on the device\n", flush=True)
+        theirs = collect("diffusers", measure_diffusers(options, folder))
+        print(f"\n{render(theirs)}")
+        print(f"\nMedian of {options.peer_runs} fresh processes.")
     return 0
 
 

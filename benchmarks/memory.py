@@ -163,6 +163,7 @@ def child(folders: Sequence[str], index: int, steps: int) -> None:
                 last, since = now, time.perf_counter()
         counted = (torch.cuda.memory_allocated(index), torch.cuda.memory_reserved(index)) if gpu else (0, 0)
         marks.append(Mark(name, last, *counted, weights_held(pipeline) if pipeline is not None else 0))
+        print(f"{name}: {report.size(last)} used", file=sys.stderr, flush=True)
 
     with torch.inference_mode():
         if gpu:
@@ -259,17 +260,13 @@ def render_marks(marks: Sequence[Mark]) -> str:
     return report.table(("after", "added, driver", "driver", "torch allocated", "torch reserved", "weights held"), rows)
 
 
-def render_peaks(peaks: Sequence[Peak]) -> str:
-    rows = [
-        [
-            " and ".join(peak.artifacts),
-            report.size(peak.driver),
-            "" if peak.torch_allocated is None else report.size(peak.torch_allocated),
-            str(peak.samples),
-        ]
-        for peak in peaks
-    ]
-    return report.table(("`sdxl-run` with", "peak, driver", "peak, torch allocated", "looks"), rows)
+PEAK_HEADERS = ("`sdxl-run` with", "peak, driver", "peak, torch allocated", "looks")
+
+
+def peak_cells(peak: Peak) -> list[str]:
+    """A row of the table of peaks, by ``PEAK_HEADERS``."""
+    allocated = "" if peak.torch_allocated is None else report.size(peak.torch_allocated)
+    return [" and ".join(peak.artifacts), report.size(peak.driver), allocated, str(peak.samples)]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -299,21 +296,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if gpu:
         used(options.gpu_index)  # this process's own context is part of the baseline
     chosen = [options.artifacts[:1]] + ([options.artifacts] if len(read) > 1 else [])
-    peaks = [measure_run(folders, read[: len(folders)], options) for folders in chosen]
-    engines = [measure_engines(folders, options, gpu) for folders in chosen]
+    where = report.hardware(read[0], options.gpu_index)
     files = weights_by_component(read)
-    print(render_peaks(peaks))
-    print("\nWeights by component:\n")
+    peaks: list[Peak] = []
+    engines: list[dict[str, Any]] = []
+
+    def write(**more: Any) -> None:
+        told = {"peaks": [asdict(peak) for peak in peaks], "weights": files}
+        told["engines"] = [{**m, "marks": [asdict(mark) for mark in m["marks"]]} for m in engines]
+        about = {"hardware": where, "command": report.command_line(words)}
+        report.write_json(options.json, {**told, **more, **about})
+
+    print(f"{report.footer(read, where, words)}\n\nWeights by component:\n")
     rows = [[n, report.size(sum(by.values())), str(len(by))] for n, by in files.items()]
     total = sum(sum(by.values()) for by in files.values())
     print(report.table(("component", "bytes", "files"), [*rows, ["all", report.size(total), ""]]))
-    for folders, measured in zip(chosen, engines, strict=True):
+    print("", flush=True)
+    shown = report.Table(PEAK_HEADERS)
+    for folders in chosen:
+        peaks.append(measure_run(folders, read[: len(folders)], options))
+        shown.add(peak_cells(peaks[-1]))
+        write()
+    for folders in chosen:
+        measured = measure_engines(folders, options, gpu)
+        engines.append(measured)
         print(f"\nEngine after engine, {' and '.join(Path(f).resolve().name for f in folders)}:\n")
-        print(render_marks(measured["marks"]))
+        print(render_marks(measured["marks"]), flush=True)
+        write()
         if gpu:
             figures = measured["max_allocated"], measured["max_reserved"]
             print(f"\nA picture after that: torch allocated at most {report.size(figures[0])}, reserved", end=" ")
-            print(f"{report.size(figures[1])}.")
+            print(f"{report.size(figures[1])}.", flush=True)
     held = [measured["marks"][-1].weights for measured in engines]
     grown = held[-1] - held[0]
     if len(held) > 1:
@@ -321,17 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"\nThe further artifacts added {report.size(grown)} of weights, and {report.size(more)} in all (driver)."
         )
-    where = report.hardware(read[0], options.gpu_index)
-    print(f"\n{report.footer(read, where, words)}")
-    told = {
-        "peaks": [asdict(peak) for peak in peaks],
-        "weights": files,
-        "engines": [{**m, "marks": [asdict(mark) for mark in m["marks"]]} for m in engines],
-        "weights_grown": grown,
-        "hardware": where,
-        "command": report.command_line(words),
-    }
-    report.write_json(options.json, told)
+    write(weights_grown=grown)
     return 1 if grown else 0
 
 

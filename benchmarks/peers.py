@@ -17,7 +17,7 @@ from buildtool.store.manifest import Component, Manifest
 from exporters import sdxl
 
 NAMES = ("eager", "eager-nchw", "compile", "max-autotune")
-_COMPILE: dict[str, dict[str, Any]] = {"compile": {}, "max-autotune": {"mode": "max-autotune"}}
+COMPILE: dict[str, dict[str, Any]] = {"compile": {}, "max-autotune": {"mode": "max-autotune"}}
 
 Call = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 
@@ -25,7 +25,7 @@ Call = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 def title(name: str, component: str) -> str:
     """A peer as a table has it."""
     library, layout = ("transformers", "") if component.startswith("text_encoder") else ("diffusers", ", channels-last")
-    if name in _COMPILE:
+    if name in COMPILE:
         return f"torch.compile{' max-autotune' if name == 'max-autotune' else ''}{layout}"
     return f"{library} eager{', NCHW' if name == 'eager-nchw' else layout}"
 
@@ -59,10 +59,10 @@ class Peers:
 
     def _call(self, name: str) -> Call:
         module = self._module(torch.contiguous_format if name == "eager-nchw" else torch.channels_last)
-        if name not in _COMPILE:
+        if name not in COMPILE:
             return lambda inputs: module(**inputs)
         # cfg and nocfg differ in batch: left to itself, the second would be compiled for any batch, which is slower.
-        options: dict[str, Any] = _COMPILE[name]
+        options: dict[str, Any] = COMPILE[name]
         compiled: Any = torch.compile(_sharing(module), dynamic=False, **options)
 
         def call(inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:

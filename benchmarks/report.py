@@ -46,8 +46,27 @@ def spread(values: Sequence[float]) -> Spread:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; a cell's bars are escaped."""
-    lines = [list(headers), ["---"] * len(headers), *[[cell.replace("|", r"\|") for cell in row] for row in rows]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([_line(headers), _line(["---"] * len(headers)), *map(_line, rows)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+class Table:
+    """A Markdown table on stdout, row by row as it is measured: a program that is cut off has told what it knew."""
+
+    def __init__(self, headers: Sequence[str]) -> None:
+        self._headers = headers
+        self._begun = False
+
+    def add(self, *rows: Sequence[str]) -> None:
+        if not self._begun:
+            print(table(self._headers, []))
+            self._begun = True
+        for row in rows:
+            print(_line(row))
+        sys.stdout.flush()
 
 
 def size(count: float) -> str:
@@ -106,7 +125,12 @@ def footer(manifests: Sequence[Manifest], where: dict[str, str], arguments: Sequ
 
 
 def write_json(path: str | None, value: dict[str, Any]) -> None:
-    """Writes the measurements to a file, if one was asked for; spreads as objects."""
+    """Writes the measurements to a file, if one was asked for; spreads as objects.
+
+    A program calls it with all that it knows whenever it knows more: the file is replaced as a whole.
+    """
     if path:
         text = json.dumps(value, indent=1, default=lambda each: asdict(each) if isinstance(each, Spread) else str(each))
-        Path(path).write_text(text + "\n")
+        part = Path(f"{path}.part")
+        part.write_text(text + "\n")
+        part.replace(path)

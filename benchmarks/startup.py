@@ -99,6 +99,7 @@ def measure(engine: str, steps: int, runs: int) -> list[dict[str, float]]:
             subprocess.run(run, stdout=subprocess.DEVNULL, check=True)
             seconds["sdxl-run"] = time.monotonic() - began
             found.append(seconds)
+            print(f"run {len(found) - 1}: first picture after {seconds['first picture']:.3f} s", file=sys.stderr)
     return found[1:]
 
 

@@ -5,8 +5,10 @@
 
 Ours is a whole call of the engine, copies of its inputs included. Peers are diffusers' (transformers') modules in the
 same precision with the artifact's weights. On a GPU CUDA events stand around each call; elsewhere it is the clock.
-Ours and the peers take turns, so that a clock that drifts hits all of them. Outputs of calls that were timed are held
-against the artifact's golden tensors (fp32 eager), so that nothing is faster by being wrong.
+Ours and the peers take turns, so that a clock that drifts hits all of them: first ours and those that only load, whose
+rows are printed at once; then, for each peer that compiles, which may take minutes, ours once more beside it.
+Outputs of calls that were timed are held against the artifact's golden tensors (fp32 eager), so that nothing is faster
+by being wrong.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class Row:
     milliseconds: report.Spread | None
     wall_milliseconds: report.Spread | None
     ratio: float | None
-    """Its median over that of ours (of the first artifact): how many times as long it takes."""
+    """Its median over that of ours (of the first artifact) in the same turns: how many times as long it takes."""
     first_call_seconds: float
     first_call_cached: bool
     error: dict[str, float]
@@ -181,7 +183,8 @@ def first_call(subject: Subject, device: Any) -> None:
     """Loads or compiles; a peer that fails (a compiler out of memory) costs its own row only."""
     import torch
 
-    hits = _cache_hits()
+    print(f"{subject.name}: first call …", file=sys.stderr, flush=True)
+    hits = cache_hits()
     begin = time.perf_counter()
     try:
         subject.call = subject.start()
@@ -193,10 +196,11 @@ def first_call(subject: Subject, device: Any) -> None:
             raise
         subject.call, subject.failure = None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
     subject.first_seconds = time.perf_counter() - begin
-    subject.cached = _cache_hits() > hits
+    subject.cached = cache_hits() > hits
+    print(f"{subject.name}: first call took {subject.first_seconds:.2f} s", file=sys.stderr, flush=True)
 
 
-def _cache_hits() -> int:
+def cache_hits() -> int:
     dynamo = sys.modules.get("torch._dynamo.utils")
     if dynamo is None:
         return 0
@@ -252,7 +256,8 @@ def rows_of(engine: str, subjects: Sequence[Subject]) -> list[Row]:
 HEADERS = ("engine", "by", "ms", "p10 to p90", "min", "clock, ms", "ratio", "first call, s", "rel. error")
 
 
-def render(rows: Sequence[Row]) -> str:
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Rows of the table, by ``HEADERS``."""
     lines = []
     for row in rows:
         first = f"{row.first_call_seconds:.2f}{' (cached)' if row.first_call_cached else ''}"
@@ -274,7 +279,7 @@ def render(rows: Sequence[Row]) -> str:
                 error,
             ]
         )
-    return report.table(HEADERS, lines)
+    return lines
 
 
 def subjects_of(
@@ -323,42 +328,60 @@ def groups(pairs: Sequence[tuple[Any, str, str]]) -> list[tuple[str, str, list[A
     return sorted(found.values(), key=lambda group: group[0])  # a component's peers are used up before the next's
 
 
-def run(options: argparse.Namespace) -> tuple[list[Row], list[Any]]:
-    """All measurements, and the artifacts."""
+def side_by_side(
+    grouped: Sequence[tuple[str, str, list[Any]]], peers: Sequence[str]
+) -> list[tuple[str, str, list[Any], list[str]]]:
+    """What is timed in turns, in order: (component, variant, artifacts, peers).
+
+    First come all artifacts with the peers that only load; then, for each peer that compiles, the first artifact once
+    more beside it.
+    """
+    from benchmarks.peers import COMPILE
+
+    loaded = [(*group, [name for name in peers if name not in COMPILE]) for group in grouped]
+    compiled = [
+        (component, variant, members[:1], [name])
+        for component, variant, members in grouped
+        for name in peers
+        if name in COMPILE
+    ]
+    return loaded + compiled
+
+
+def run(options: argparse.Namespace, artifacts: Sequence[Any], tell: Callable[[Sequence[Row]], None]) -> None:
+    """Measures everything; ``tell`` gets rows as soon as they are measured."""
     import torch
 
-    import runtimes
     from benchmarks.peers import Peers
-    from buildtool.store import manifest as manifests
 
-    target = manifests.read(options.artifacts[0]).key.target
-    device = None if target.startswith("cpu") else f"cuda:{options.gpu_index}"
-    artifacts = [runtimes.load(path, device=device).artifacts[0] for path in options.artifacts]
     labels = {id(a): f"ours, {a.manifest.key.backend}" for a in artifacts}
     if len(artifacts) > 1:
         labels = {id(a): f"{labels[id(a)]}, {a.folder.resolve().name}" for a in artifacts}
     asked = [(a, *pair) for a in artifacts for pair in engines_of(a.manifest, options.component)]
     peers: Any = None
     last: Any = None
-    rows: list[Row] = []
-    for component, variant, members in groups(asked):
+    shown = set()
+    for component, variant, members, some in side_by_side(groups(asked), list(dict.fromkeys(options.peer))):
         leader = members[0]
         if last != (id(leader), component):
             peers = None  # the last component's are freed first
-            if device is not None:
+            if leader.device.type == "cuda":
                 torch.cuda.empty_cache()
             peers, last = Peers(leader.folder, leader.manifest, component, leader.device), (id(leader), component)
-        subjects = subjects_of(members, component, variant, labels, peers, options.peer)
-        measure(subjects, leader.device, calls=options.calls, rounds=options.rounds, warmup=options.warmup)
         batch = leader.manifest.components[component].variants[variant].inputs[0].shape[0]
-        rows += rows_of(f"{component}.{variant}, batch {batch}", subjects)
-        print(f"{component}.{variant}: done", file=sys.stderr)
-    return rows, artifacts
+        print(f"{component}.{variant}:", file=sys.stderr, flush=True)
+        subjects = subjects_of(members, component, variant, labels, peers, some)
+        measure(subjects, leader.device, calls=options.calls, rounds=options.rounds, warmup=options.warmup)
+        rows = rows_of(f"{component}.{variant}, batch {batch}", subjects)
+        group = component, variant, id(leader)
+        tell(rows[1:] if group in shown else rows)  # ours has its row already
+        shown.add(group)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(words)
+    from buildtool.store import manifest as manifests
     from buildtool.store.errors import SdxlError
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -366,31 +389,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
         import torch
 
+        import runtimes
+
+        rows: list[Row] = []
+        shown = report.Table(HEADERS)
         try:
+            gpu = report.on_gpu(manifests.read(options.artifacts[0]))
+            device = f"cuda:{options.gpu_index}" if gpu else None
+            artifacts = [runtimes.load(path, device=device).artifacts[0] for path in options.artifacts]
+            read = [artifact.manifest for artifact in artifacts]
+            where = report.hardware(read[0], options.gpu_index)
+            if gpu:
+                where["cuDNN"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+                flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+                where["TF32 of the peers"] = f"products {flags[0]}, convolutions {flags[1]}"
+            print(f"{report.footer(read, where, words)}\n", flush=True)
+
+            def write(complete: bool) -> None:
+                spreads = [{"milliseconds": r.milliseconds, "wall_milliseconds": r.wall_milliseconds} for r in rows]
+                told = [{**asdict(row), **spread} for row, spread in zip(rows, spreads, strict=True)]
+                about = {"complete": complete, "hardware": where, "command": report.command_line(words)}
+                report.write_json(options.json, {"rows": told, **about})
+
+            def tell(measured: Sequence[Row]) -> None:
+                rows.extend(measured)
+                shown.add(*cells(measured))
+                write(complete=False)
+
             with torch.no_grad():
-                rows, artifacts = run(options)
+                run(options, artifacts, tell)
         except SdxlError as error:
             print(f"Error: {error}", file=sys.stderr)
             return 1
-    manifests = [artifact.manifest for artifact in artifacts]
-    where = report.hardware(manifests[0], options.gpu_index)
-    if report.on_gpu(manifests[0]):
-        where["cuDNN"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
-        flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        where["TF32 of the peers"] = f"products {flags[0]}, convolutions {flags[1]}"
-    print(render(rows))
     counts = sorted({row.milliseconds.count for row in rows if row.milliseconds})
     print(
-        f"\nMedian of {', '.join(map(str, counts))} calls each, in {options.rounds} rounds, "
-        f"{'CUDA events' if report.on_gpu(manifests[0]) else 'the clock'}; rel. error against fp32 eager; "
-        "first call: ours loads, peers compile.\n"
+        f"\nMedian of {', '.join(map(str, counts))} calls each, in {options.rounds} rounds, by "
+        f"{'CUDA events' if gpu else 'the clock'}; rel. error against fp32 eager; first call: loading, compiling."
     )
-    print(report.footer(manifests, where, words))
-    told = [
-        {**asdict(row), "milliseconds": row.milliseconds, "wall_milliseconds": row.wall_milliseconds} for row in rows
-    ]
-    command = report.command_line(words)
-    report.write_json(options.json, {"rows": told, "hardware": where, "command": command})
+    write(complete=True)
     return 0
 
 

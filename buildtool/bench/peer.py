@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,9 @@ def pipeline(name: str, manifest: Manifest, device: Any) -> Any:
     from exporters import sdxl
 
     found = source(manifest)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(manifest.key.precision, torch.float32)
+    # What fp8 is for products is fp16 for everything else.
+    dtypes = {"fp16": torch.float16, "fp8": torch.float16, "bf16": torch.bfloat16}
+    dtype = dtypes.get(manifest.key.precision, torch.float32)
 
     def model(component: str) -> Any:
         row = sdxl.component(component)
@@ -197,28 +199,39 @@ class Clock:
         self.spans.append({"name": name, "start": start, "end": self.now()})
 
 
-def draw(made: Any, manifest: Manifest, lines: list[dict[str, Any]], clock: Clock) -> None:
-    """One call of the pipeline: a picture for each of some lines of a prompts file, which differ in prompt and seed."""
+def call(
+    made: Any, manifest: Manifest, lines: Sequence[Mapping[str, Any]], clock: Clock, output_type: str = "pil"
+) -> Any:
+    """One call of the pipeline: a picture for each of some lines of a prompts file, which differ in prompt and seed.
+
+    Args:
+        made: from :func:`pipeline`.
+        clock: gets the spans ``encode``, ``denoise`` and ``decode``.
+        output_type: diffusers' own: ``pil`` for a list of pictures, ``latent`` for the loop's latents (N, C, h, w).
+    """
     import torch
 
     first = lines[0]
     steps = first.get("steps", 50)
     last_guided = int(steps * first.get("guidance_until", 1.0))
     conditions = ["prompt_embeds", "add_text_embeds", "add_time_ids"]
-    loop = clock.now()
+    begin = loop = decoding = clock.now()
     set_timesteps = made.scheduler.set_timesteps
 
     def starts(*args: Any, **kwargs: Any) -> Any:  # the call between the prompts' encoding and the loop
         nonlocal loop
+        clock.add("encode", begin)
         loop = clock.now()
         return set_timesteps(*args, **kwargs)
 
     def after_step(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal decoding
         if step == last_guided and pipe.do_classifier_free_guidance:
             tensors |= {name: tensors[name].chunk(2)[-1] for name in conditions}
             pipe._guidance_scale = 0.0
         if step == steps - 1:
             clock.add("denoise", loop)
+            decoding = clock.now()
         return tensors
 
     negative = first.get("negative_prompt")
@@ -234,10 +247,17 @@ def draw(made: Any, manifest: Manifest, lines: list[dict[str, Any]], clock: Cloc
             generator=[torch.Generator("cpu").manual_seed(line["seed"]) for line in lines],
             callback_on_step_end=after_step,
             callback_on_step_end_tensor_inputs=conditions,
+            output_type=output_type,
         ).images
     finally:
         made.scheduler.set_timesteps = set_timesteps
-    for line, image in zip(lines, images, strict=True):
+    clock.add("decode", decoding)
+    return images
+
+
+def draw(made: Any, manifest: Manifest, lines: list[dict[str, Any]], clock: Clock) -> None:
+    """Pictures of :func:`call`, saved where the lines say."""
+    for line, image in zip(lines, call(made, manifest, lines, clock), strict=True):
         start = clock.now()
         image.save(line["out"])
         clock.add("save", start)

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,24 @@ def test_a_file_with_two_names_is_on_the_disk_once(tmp_path: Path) -> None:
 def test_a_build_that_fails_is_quoted(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"first artifact: sdxl-build ended with 1\. .*nothing-of-that-name"):
         build.main(["--model", "./nothing-of-that-name", "--gpu", "cpu", "--artifacts", str(tmp_path)])
+
+
+def test_builds_before_one_that_fails_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(*_: Any) -> Any:
+        yield SimpleNamespace(manifest=None, what="first artifact", seconds=1.0, added=2, told={})
+        raise SystemExit("Error: further resolution: sdxl-build ended with 1.")
+
+    monkeypatch.setattr(build, "measure", measure)
+    monkeypatch.setattr(build, "cells", lambda made: [made.what])
+    monkeypatch.setattr(build.report, "hardware", lambda *_: {})
+    monkeypatch.setattr(build.report, "footer", lambda *_: "footer")
+    with pytest.raises(SystemExit, match="further resolution"):
+        build.main(["--artifacts", str(tmp_path), "--json", str(tmp_path / "told.json")])
+    assert [each["what"] for each in json.loads((tmp_path / "told.json").read_text())["builds"]] == ["first artifact"]
+    out = capsys.readouterr().out
+    assert "| first artifact |" in out and "footer" in out
 
 
 @pytest.mark.slow

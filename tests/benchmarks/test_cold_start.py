@@ -74,7 +74,9 @@ def test_a_run_of_an_artifact(micro_artifact: Path, tmp_path: Path, capsys: pyte
         assert 0 < run["saved"] <= run["ended"] and run["spans"]
     assert "import diffusers, transformers" in {span["name"] for span in theirs["spans"]}
     assert "diffusers" not in " ".join(span["name"] for span in ours["spans"])
-    assert "of weights" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of weights" in out
+    assert out.index("| ours, 1 |") < out.index("| **saved picture** |") < out.index("| diffusers, 1 |")
 
 
 def test_no_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,15 @@ def test_a_table_is_markdown_whatever_its_cells_hold() -> None:
     assert lines == ["| name | ms |", "| --- | --- |", r"| a\|b | 1.0 |", "| c | 2.0 |"]
 
 
+def test_rows_are_printed_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = report.Table(("name", "ms"))
+    assert capsys.readouterr().out == ""
+    shown.add(["a|b", "1.0"])
+    assert capsys.readouterr().out.splitlines() == ["| name | ms |", "| --- | --- |", r"| a\|b | 1.0 |"]
+    shown.add(["c", "2.0"], ["d", "3.0"])
+    assert capsys.readouterr().out.splitlines() == ["| c | 2.0 |", "| d | 3.0 |"]
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 kB"), (1500, "2 kB"), (45_400_000, "45.4 MB"), (5_135_000_000, "5.13 GB"), (-2e9, "-2.00 GB")],

@@ -41,8 +41,20 @@ def test_who_is_wrong_is_told() -> None:
     assert subjects[1].errors["y"] == pytest.approx(0.25)
     rows = step.rows_of("unet.cfg", subjects)
     assert rows[0].ratio == 1.0 and rows[0].ours
-    table = step.render(rows)
+    table = str(step.cells(rows))
     assert "0.0e+00" in table and "2.5e-01" in table
+
+
+def test_what_only_loads_is_measured_before_anything_compiles() -> None:
+    grouped: Any = [("unet", "cfg", ["a", "b"]), ("unet", "nocfg", ["a"])]
+    assert step.side_by_side(grouped, ["compile", "eager", "max-autotune"]) == [
+        ("unet", "cfg", ["a", "b"], ["eager"]),
+        ("unet", "nocfg", ["a"], ["eager"]),
+        ("unet", "cfg", ["a"], ["compile"]),
+        ("unet", "cfg", ["a"], ["max-autotune"]),
+        ("unet", "nocfg", ["a"], ["compile"]),
+        ("unet", "nocfg", ["a"], ["max-autotune"]),
+    ]
 
 
 def test_other_weights_have_no_error() -> None:
@@ -50,7 +62,7 @@ def test_other_weights_have_no_error() -> None:
     subject.exact = lambda: False
     step.measure([doubling("a", [], ours=True), subject], CPU, calls=2, rounds=1, warmup=0)
     assert subject.errors == {}
-    assert "other weights" in step.render(step.rows_of("unet.cfg", [doubling_done(), subject]))
+    assert "other weights" in str(step.cells(step.rows_of("unet.cfg", [doubling_done(), subject])))
 
 
 def doubling_done() -> Subject:
@@ -68,7 +80,7 @@ def test_a_peer_that_fails_costs_its_own_row_only() -> None:
     step.measure([ours, peer], CPU, calls=2, rounds=1, warmup=0)
     row = step.rows_of("unet.cfg", [ours, peer])[1]
     assert row.milliseconds is None and row.failure == "RuntimeError: out of memory"
-    assert "failed" in step.render([row])
+    assert "failed" in step.cells([row])[0]
     ours.start = broken
     with pytest.raises(RuntimeError):
         step.measure([ours], CPU, calls=2, rounds=1, warmup=0)

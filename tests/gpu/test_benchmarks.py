@@ -46,3 +46,25 @@ def test_memory(artifacts: dict[str, Path], tmp_path: Path) -> None:
     marks = found["engines"][1]["marks"]
     assert marks[0]["driver"] > 100e6  # a context
     assert marks[-1]["weights"] == found["engines"][0]["marks"][-1]["weights"] > 0
+
+
+def test_picture(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    """Two settings of two artifacts beside eager, and a peer whose time is up before it has drawn anything."""
+    words = ["--steps", "10", "--runs", "4", "--guidance-until", "1", "--guidance-until", "0.5", "--peer", "eager"]
+    both = [str(artifacts["fp16"]), str(artifacts["bf16"])]
+    limited = ["--peer", "max-autotune", "--peer-limit", "5"]
+    found = run("picture.py", tmp_path / "told.json", *both, *words, *limited)
+    assert found["complete"] and len(found["rows"]) == 8
+    fp16, _, bf16, _, eager, _, *cut = found["rows"]
+    for row in (fp16, bf16, eager):
+        assert row["failure"] == "" and row["seconds"]["count"] == 4 and row["parts"]["denoise"][0] > 0
+    assert fp16["latents_error"] < 3 * eager["latents_error"] + 1e-3  # no more wrong than eager
+    assert fp16["psnr"] > 30
+    assert all(row["failure"] for row in cut)
+
+
+def test_throughput(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    words = ["--images", "3", "--steps", "4", "--runs", "2", "--peer", "eager"]
+    ours, eager = run("throughput.py", tmp_path / "told.json", str(artifacts["fp16"]), *words)["rows"]
+    assert ours["pictures_per_second"] > 0 and eager["failure"] == ""
+    assert ours["latents_error"] < 3 * eager["latents_error"] + 1e-3
