@@ -248,6 +248,11 @@ def trt_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     help="Which of OneDiff's compilers; auto: the one that is installed there, nexfort first.",
 )
 @click.option(
+    "--mode",
+    metavar="NAME[:NAME...]",
+    help=f"nexfort's mode, of {', '.join(interpreter.MODES)}.  [default: cudagraphs:max-autotune on a GPU]",
+)
+@click.option(
     "--python",
     metavar="PATH",
     envvar=interpreter.VARIABLE,

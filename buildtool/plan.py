@@ -56,6 +56,8 @@ class Spec:
     """Which of a backend's libraries builds."""
     compiler: str = "auto"
     """Which of OneDiff's compilers builds."""
+    mode: str | None = None
+    """nexfort's mode, names joined with ``:``; None for the backend's own."""
     compatibility: str = "none"
     """Which GPUs besides the one that is present shall run what is tuned for it."""
     dynamic: str | None = None
@@ -100,6 +102,7 @@ class Plan:
         for option, value in (("--provider", spec.provider), ("--dynamic", spec.dynamic)):
             words += [option, value] if value else []
         words += ["--compiler", self.key.options["compiler"]] if "compiler" in self.key.options else []
+        words += ["--mode", spec.mode] if spec.mode else []
         if "flavor" in self.key.options:
             words += ["--flavor", self.key.options["flavor"]]
             words += [] if spec.golden else ["--no-golden"]
@@ -234,6 +237,10 @@ def _plan(
         toolchain |= {f"onediff.{name}": version for name, version in packages.items()}
         if options["compiler"] != "nexfort":
             options.pop("mode")
+            if spec.mode:
+                raise SdxlError(f"{options['compiler']} has no --mode.", "It is nexfort's: --compiler nexfort")
+        elif spec.mode:
+            options["mode"] = interpreter.mode(spec.mode, target.device)
     if precision == "fp8":
         options["fp8"] = True  # which of the UNet's products: exporters.fp8
     if spec.with_encoder:  # left out where it isn't, so that such artifacts keep their keys

@@ -33,6 +33,8 @@ EAGER = ("text_encoder", "text_encoder_2")
 """What stays eager: nexfort's graph cache can't hold CLIP's graphs, and a prompt is encoded once."""
 GENERATED = (".py", ".cpp", ".so", ".ptx", ".cubin", "entry")
 """How the names of files end that only a compiler writes into the caches."""
+TRITON_GROUP = "__grp__"
+"""How the names of Triton's lists of a kernel's files begin. Triton 3.0's hold absolute paths."""
 
 
 class Refused(Exception):
@@ -178,6 +180,8 @@ def prepare(compiler: str, device: str, caches: str) -> Any:
         TORCHINDUCTOR_FX_GRAPH_CACHE="1",
         NEXFORT_GRAPH_CACHE="1",
     )
+    # To keep what tunes nexfort's own Triton kernels takes a licence: its authors tell others to set this.
+    os.environ.setdefault("NEXFORT_ENABLE_TRITON_AUTOTUNE_CACHE", "0")
     import torch
 
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -333,9 +337,14 @@ class Server:
 
 
 def _unpack(packed: zipfile.ZipFile, name: str, path: str) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    folder, data = os.path.dirname(path), packed.read(name)
+    os.makedirs(folder, exist_ok=True)
+    if os.path.basename(path).startswith(TRITON_GROUP):
+        data = json.dumps(
+            {"child_paths": {n: os.path.join(folder, n) for n in json.loads(data)["child_paths"]}}
+        ).encode()
     with open(path, "wb") as file:
-        file.write(packed.read(name))
+        file.write(data)
 
 
 def _read(torch: Any, path: str, tensors: list[dict[str, Any]], device: str) -> dict[str, Any]:

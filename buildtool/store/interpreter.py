@@ -18,6 +18,8 @@ COMPILERS = ("nexfort", "oneflow")
 """OneDiff's two, the one that ``auto`` prefers first."""
 NEWEST_PYTHON = (3, 12)
 """The last that nexfort has wheels for; the first is 3.8."""
+MODES = ("cudagraphs", "benchmark", "low-precision", "max-autotune", "max-optimize", "O2", "O3")
+"""What nexfort's mode may be made of. Not ``freezing``, which puts one checkpoint's weights into the code."""
 DOCS = "Set one up as docs/onediff.md says"
 
 
@@ -85,6 +87,21 @@ def choose(asked: str, python: str) -> tuple[str, dict[str, str]]:
         raise SdxlError(*problem)
     shaping = ("python", "torch", "triton", "onediff", compiler, "diffusers", "transformers")
     return compiler, {name: found[name] for name in shaping if name in found}
+
+
+def mode(asked: str, device: str) -> str:
+    """nexfort's mode for ``--mode``, names joined with ``:``; always with its caches, which are what an artifact keeps.
+
+    Raises:
+        SdxlError: a name that is none, or that needs a GPU.
+    """
+    names = asked.split(":")
+    for name in names:
+        if name not in MODES:
+            raise SdxlError(f"--mode {asked}: {name!r} is none of nexfort's modes.", f"There are: {', '.join(MODES)}.")
+    if device == "cpu" and "cudagraphs" in names:
+        raise SdxlError(f"--mode {asked}: cudagraphs needs a GPU.", "Leave it out.")
+    return ":".join([*names, "cache-all"])
 
 
 def lacks(compiler: str, found: Mapping[str, str], python: str) -> tuple[str, str] | None:

@@ -163,9 +163,17 @@ def test_onediffs_compiler_and_its_own_packages_are_in_both_keys(
     changed = {"toolchain.onediff.nexfort": ("0.1.dev330+standin", "0.2")}
     assert differences(plain.key, other.key) == changed
     assert all(differences(key, other.code_keys[name]) == changed for name, key in plain.code_keys.items())
+    tuned = one(backend="onediff", mode="benchmark:max-autotune")
+    assert tuned.code_keys["unet"].options["mode"] == "benchmark:max-autotune:cache-all"
+    assert tuned.command[-4:-2] == ("--mode", "benchmark:max-autotune")
+    for mode, words in (("O2:freezing", "'freezing' is none"), ("cudagraphs:O2", "needs a GPU"), ("", "'' is none")):
+        with pytest.raises(SdxlError, match=words):
+            one(backend="onediff", mode=mode or ":")
     monkeypatch.setenv(
         interpreter.VARIABLE, str(standin_interpreter.write(tmp_path / "d", {"onediff": "1.2.0", "oneflow": "1.0"}))
     )
     graph = one(backend="onediff")
     assert graph.key.options == {"compiler": "oneflow"} == graph.code_keys["unet"].options
     assert graph.command[-4:-2] == ("--compiler", "oneflow")
+    with pytest.raises(SdxlError, match="oneflow has no --mode"):
+        one(backend="onediff", mode="O2")

@@ -16,7 +16,7 @@ import torch
 import runtimes
 from buildtool.store import interpreter, manifest
 from buildtool.store.errors import SdxlError
-from exporters import sdxl
+from exporters import onediff_worker, sdxl
 from exporters.base import ExportError, Request
 from exporters.onediff_graph import OnediffExporter
 from runtimes.onediff_graph import OnediffEngine, Worker
@@ -90,6 +90,15 @@ def test_an_artifact_runs_with_the_versions_that_built_it(
     monkeypatch.delenv(interpreter.VARIABLE)
     with pytest.raises(SdxlError, match="none is named"):
         runtimes.load(micro_standin_onediff_artifact)
+
+
+def test_tritons_lists_of_files_lead_to_where_they_were_unpacked(tmp_path: Path) -> None:
+    """Triton 3.0 names a kernel's files by absolute paths in the build's folder, and compiles what it finds none of."""
+    name, listed = "caches/triton/AB/__grp__kernel.json", tmp_path / "here" / "__grp__kernel.json"
+    with zipfile.ZipFile(tmp_path / "packed", "w") as packed:
+        packed.writestr(name, json.dumps({"child_paths": {"kernel.cubin": "/gone/triton/AB/kernel.cubin"}}))
+        onediff_worker._unpack(packed, name, str(listed))
+    assert json.loads(listed.read_text()) == {"child_paths": {"kernel.cubin": str(listed.parent / "kernel.cubin")}}
 
 
 def request(compiler: str, device: str = "cpu") -> Request:
