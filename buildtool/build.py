@@ -98,6 +98,7 @@ class _Build:
         self.built = Built(Path(), hit=False)
         self.digests: dict[str, str] = {}
         self.golden: dict[str, Any] = {}
+        self._locks: dict[str, contextlib.ExitStack] = {}
 
     def run(self) -> Built:
         self.exporter.check_request(self.request)
@@ -126,8 +127,9 @@ class _Build:
                 if not self.row.weighted:
                     tensors = {name: self.source.tensors(row.source) for name, row in self.table.items()}
                     self._golden(tensors, reference)  # while the compilers run
-                for name in {job.component: None for job in jobs}:
+                for name in sorted({job.component for job in jobs}, key=lambda name: name == "unet"):  # takes longest
                     self._keep_code(name, pool)
+                    self._locks.pop(name).close()  # whoever waits for this code can go on
             locks.close()
             components = {name: self._assemble(name, tensors[name], stage) for name in self.table}
             self._texts(stage)
@@ -190,7 +192,8 @@ class _Build:
             digest = self.planned.code_keys[name].digest
             if self.store.code(digest) and not self.planned.spec.force:
                 continue
-            locks.enter_context(self.store.building(digest, self.progress.say))
+            self._locks[name] = locks.enter_context(contextlib.ExitStack())
+            self._locks[name].enter_context(self.store.building(digest, self.progress.say))
             if self.store.code(digest) and not self.planned.spec.force:
                 continue
             for variant in row.variants:
