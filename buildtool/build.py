@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from safetensors.torch import save_file
 
-from buildtool import compiler, golden, gpu, gpu_room, lora, tokenizers
+from buildtool import compiler, golden, gpu, gpu_room, lora, segments, tokenizers
 from buildtool.checkpoint.configs import vae_scale_factor
 from buildtool.plan import Plan
 from buildtool.progress import Progress
@@ -231,7 +231,7 @@ class _Build:
         tolerance = row.tolerated(self.request.precision)
         check = Check(status="deferred", error={}, tolerance=tolerance, reason="never run so far")
         tensors: dict[str, StoredTensor] = {}
-        variants = {}
+        variants: dict[str, Variant] = {}
         with self.store.stage() as out:
             for variant in row.variants:
                 result = pool.result(name, variant)
@@ -240,9 +240,14 @@ class _Build:
                     raise RuntimeError(f"the variants of {name} want one tensor laid out in two ways")
                 tensors |= stored
                 others = result.pop("others")
-                variants[variant] = msgspec.convert({**result, "check": msgspec.to_builtins(check)}, Variant)
-                for file in (variants[variant].file, *others):
+                form = msgspec.convert({**result, "check": msgspec.to_builtins(check)}, Variant)
+                for file in (form.file, *others):
                     shutil.move(pool.file(name, variant, file), out / file)
+                if row.whole is None:
+                    variants[variant] = form
+                else:
+                    whole = variant.partition(".")[0]
+                    variants[whole] = segments.appended(variants.get(whole), form)
                 self.built.compiled.append(f"{name}.{variant}")
             if self.row.weighted:
                 self._share(name, [out / form.file for form in variants.values()])

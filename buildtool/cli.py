@@ -67,7 +67,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 def _preset(context: click.Context, option: click.Parameter, name: str | None) -> None:
     """What nobody gives is the preset's. It isn't passed on: what is built and its key know only of its options."""
     if name is not None:
-        context.default_map = dict(PRESETS[name].build)
+        wanted = PRESETS[name].build
+        lacking = [option for option in wanted if option not in {param.name for param in context.command.params}]
+        if lacking:
+            one = {option: wanted[option] for option in lacking}
+            raise click.BadParameter(f"{name} sets {told(one)}, which this backend lacks. Try: sdxl-build torch")
+        context.default_map = dict(wanted)
         context.meta["preset"] = f"--preset {name}: {told(PRESETS[name].build)}, but for what is given beside it"
 
 
@@ -175,6 +180,12 @@ _deepcache_option = click.option(
 @_lora_option
 @_freeu_option
 @_deepcache_option
+@click.option(
+    "--segments",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="The UNet in N parts, for sdxl-run --memory sequential: on small GPUs they take turns.  [default: one piece]",
+)
 def torch_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Builds AOTInductor packages (torch) for this machine's GPU or CPU.
 

@@ -23,7 +23,7 @@ UNSIZED = ("text_encoder", "text_encoder_2")
 # Settings of a VAE's config that its graph doesn't read: fine-tunes that differ in them share code.
 NOT_COMPILED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size")
 
-NOT_IN_CODE = ("golden", "encoder", "freeu", "deepcache", "lora", "dynamic", "fp8")
+NOT_IN_CODE = ("golden", "encoder", "freeu", "deepcache", "segments", "lora", "dynamic", "fp8")
 """Options that shape no component's code, or not every component's."""
 
 
@@ -48,6 +48,8 @@ class Spec:
     """FreeU's ``s1,s2,b1,b2``."""
     deepcache: str | None = None
     """DeepCache's ``INTERVAL[:BRANCH]``."""
+    segments: int | None = None
+    """Parts that the UNet is compiled in; None for one piece."""
     lora: tuple[str, ...] = ()
     """``FILE[:SCALE]`` each, added to the weights in this order."""
     artifacts: Path = Path("artifacts")
@@ -97,6 +99,7 @@ class Plan:
         words += ["--with-encoder"] if spec.with_encoder else []
         for option, value in (("--freeu", spec.freeu), ("--deepcache", spec.deepcache)):
             words += [option, value] if value else []
+        words += ["--segments", str(spec.segments)] if spec.segments is not None else []
         for text in spec.lora:
             words += ["--lora", text]
         for option, value in (("--provider", spec.provider), ("--dynamic", spec.dynamic)):
@@ -149,6 +152,11 @@ def plan(spec: Spec, progress: Progress | None = None) -> list[Plan]:
         )
     if spec.dynamic and spec.freeu:
         raise SdxlError("--freeu filters a picture of one size; --dynamic asks for a range.", "Leave one of them out.")
+    if spec.segments is not None and spec.deepcache is not None:
+        raise SdxlError(
+            f"--segments {spec.segments} and --deepcache {spec.deepcache} cut the UNet in two ways.",
+            "Leave one of them out.",
+        )
     if spec.provider:
         try:
             row = row.provided(target.device, onnx_providers.choose(spec.provider, target.device))
@@ -251,6 +259,8 @@ def _plan(
         options["freeu"] = unet_options.freeu(spec.freeu, source.configs["unet"])
     if spec.deepcache is not None:
         options["deepcache"] = unet_options.deepcache(spec.deepcache, source.configs["unet"])
+    if spec.segments is not None:
+        options["segments"] = unet_options.segments(spec.segments, source.configs["unet"])
     if loras:
         options["lora"] = loras
     gpu_name = target.gpu_name if row.tunes else "any"
@@ -319,8 +329,8 @@ def _code_options(row: registry.Backend, options: Mapping[str, Any], weights: st
 
 
 def _unet_code_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What of FreeU and DeepCache is compiled; how often the whole UNet runs is the runtime's business."""
-    made = {"freeu": options["freeu"]} if "freeu" in options else {}
+    """What of FreeU, DeepCache and segments is compiled; how often the whole UNet runs is the runtime's business."""
+    made = {name: options[name] for name in ("freeu", "segments") if name in options}
     return {**made, "deepcache": options["deepcache"]["branch"]} if "deepcache" in options else made
 
 

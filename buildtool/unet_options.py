@@ -1,10 +1,11 @@
-"""``--freeu`` and ``--deepcache``: what they say, and whether a checkpoint's UNet can have them."""
+"""``--freeu``, ``--deepcache`` and ``--segments``: what they say, and whether a checkpoint's UNet can have them."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from buildtool.store.errors import SdxlError
+from exporters import segment_layers
 
 FREEU = ("s1", "s2", "b1", "b2")
 """The values' order, and the names of diffusers' ``enable_freeu``."""
@@ -53,14 +54,8 @@ def deepcache(text: str, unet: Mapping[str, Any]) -> dict[str, int]:
             f"--deepcache takes INTERVAL or INTERVAL:BRANCH, an interval of 2 steps or more; {text!r} was given.",
             "Try --deepcache 3",
         )
-    down, up = unet.get("down_block_types", ()), unet.get("up_block_types", ())
-    others = [kind for kind in down if kind not in DOWN] + [kind for kind in up if kind not in UP]
-    others += [unet["mid_block_type"]] if unet.get("mid_block_type", MID) != MID else []
-    layers = unet.get("layers_per_block", 2)
-    if others or not isinstance(layers, int):
-        what = f"has {', '.join(others)}" if others else f"has blocks of {layers} layers"
-        raise SdxlError(f"--deepcache knows SDXL's blocks; this checkpoint's UNet {what}.", "Leave --deepcache out.")
-    skips = len(down) * (layers + 1)
+    layers = _layers("--deepcache", unet)
+    skips = len(unet["down_block_types"]) * (layers + 1)
     chosen = int(branch or 0)
     if chosen >= skips:
         raise SdxlError(
@@ -68,3 +63,34 @@ def deepcache(text: str, unet: Mapping[str, Any]) -> dict[str, int]:
             f"Try --deepcache {int(interval)}",
         )
     return {"interval": int(interval), "branch": chosen}
+
+
+def segments(count: int, unet: Mapping[str, Any]) -> int:
+    """``--segments N``, for a UNet that can be cut into so many.
+
+    Raises:
+        SdxlError: it can't.
+    """
+    _layers("--segments", unet)
+    most = len(segment_layers.layers(unet))
+    if not 2 <= count <= most:
+        raise SdxlError(
+            f"--segments {count} was asked for; this UNet can be cut into 2 to {most} parts.", "Try --segments 8"
+        )
+    return count
+
+
+def _layers(option: str, unet: Mapping[str, Any]) -> int:
+    """How many layers the blocks of a UNet of SDXL's kind have, for options that take its blocks apart.
+
+    Raises:
+        SdxlError: it is of another kind.
+    """
+    down, up = unet.get("down_block_types", ()), unet.get("up_block_types", ())
+    others = [kind for kind in down if kind not in DOWN] + [kind for kind in up if kind not in UP]
+    others += [unet["mid_block_type"]] if unet.get("mid_block_type", MID) != MID else []
+    layers = unet.get("layers_per_block", 2)
+    if others or not isinstance(layers, int):
+        what = f"has {', '.join(others)}" if others else f"has blocks of {layers} layers"
+        raise SdxlError(f"{option} knows SDXL's blocks; this checkpoint's UNet {what}.", f"Leave {option} out.")
+    return layers

@@ -3,6 +3,7 @@
 Every exporter reads this table; none has its own idea of a component.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporters import clip, deepcache, fp8, freeu, fusion
+from exporters import clip, deepcache, fp8, freeu, fusion, segments
 from exporters.base import ExportError, Request, TensorSpec
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -114,12 +115,13 @@ class ReferenceTextEncoder(nn.Module):
 class Graph:
     """A module to compile, and the checkpoint's tensors behind each of its parameters.
 
-    ``recipes`` has the parameters that are computed of those.
+    ``recipes`` has the parameters that are computed of those; ``outputs`` are named where they aren't the component's.
     """
 
     module: nn.Module
     sources: dict[str, tuple[str, ...]]
     recipes: dict[str, str] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class Component:
         outputs: the outputs' names.
         reference: (config, tensors, device) -> fp32 eager, from the libraries that define the model.
         graph: (config, device, dtype) -> what is compiled, with weights of no meaning.
+        whole: of a component in segments, whose variants are ``cfg.1``, ``cfg.2``, …: the same in one piece.
     """
 
     name: str
@@ -148,6 +151,13 @@ class Component:
     outputs: tuple[str, ...]
     reference: Callable[[Mapping[str, Any], Tensors, str], nn.Module]
     graph: Callable[[Mapping[str, Any], str, torch.dtype], Graph]
+    whole: "Component | None" = None
+
+    def graph_of(self, variant: str, config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Graph:
+        """What is compiled of one variant."""
+        if self.whole is None:
+            return self.graph(config, device, dtype)
+        return self.graph(config, device, dtype, segment=_segment(variant))  # type: ignore[call-arg]
 
     def precision(self, configs: Configs, request: Request) -> str:
         """What the component computes in: the VAE in fp32 where diffusers upcasts it."""
@@ -330,6 +340,40 @@ def _unet_graph(config: Mapping[str, Any], device: str, dtype: torch.dtype, opti
     return Graph(JoinedUNetGraph(unet, _branch(options)).eval(), sources, made)
 
 
+def _parts(config: Mapping[str, Any], count: int) -> list[segments.Part]:
+    key = json.dumps([config, count], sort_keys=True)
+    if key not in _cuts:
+        _cuts[key] = segments.parts(_diffusers_model(config), config, count)
+    return _cuts[key]
+
+
+_cuts: dict[str, list[segments.Part]] = {}
+
+
+def _segment(variant: str) -> int:
+    return int(variant.rpartition(".")[2])
+
+
+def _segment_inputs(
+    configs: Configs, request: Request, variant: str, dtype: torch.dtype, count: int
+) -> tuple[TensorSpec, ...]:
+    part = _parts(configs["unet"], count)[_segment(variant) - 1]
+    whole = _unet_inputs(configs, request, variant.partition(".")[0], dtype)
+    return tuple(segments.inputs(part, whole, configs["unet"], dtype))
+
+
+def _segment_graph(
+    config: Mapping[str, Any], device: str, dtype: torch.dtype, options: Mapping[str, Any] = {}, segment: int = 0
+) -> Graph:
+    part = _parts(config, options["segments"])[segment - 1]
+    unet = _diffusers_model(config)
+    if "freeu" in options:
+        freeu.enable(unet, options["freeu"])
+    segments.prune(unet, part)
+    module, sources, recipes = segments.graph(fill_with_noise(unet, device, dtype), part, bool(options.get("fp8")))
+    return Graph(module, sources, recipes, part.outputs)
+
+
 def _branch(options: Mapping[str, Any]) -> int | None:
     branch: int | None = options.get("deepcache", {}).get("branch")
     return branch
@@ -423,11 +467,20 @@ COMPONENTS: tuple[Component, ...] = (
 
 
 def component(name: str, options: Mapping[str, Any] = {}) -> Component:
-    """The row of a component, as an artifact's options (``freeu``, ``deepcache``, ``fp8``) change it."""
+    """The row of a component, as an artifact's options (``freeu``, ``deepcache``, ``fp8``, ``segments``) change it."""
     row = next(c for c in COMPONENTS if c.name == name)
-    if name != "unet" or not options.keys() & {"freeu", "deepcache", "fp8"}:
+    if name != "unet" or not options.keys() & {"freeu", "deepcache", "fp8", "segments"}:
         return row
     row = replace(row, reference=partial(_unet_reference, options=options), graph=partial(_unet_graph, options=options))
+    if "segments" in options:
+        count = options["segments"]
+        return replace(
+            row,
+            whole=row,
+            variants=tuple(f"{variant}.{number}" for variant in row.variants for number in range(1, count + 1)),
+            inputs=partial(_segment_inputs, count=count),
+            graph=partial(_segment_graph, options=options),
+        )
     if "deepcache" not in options:
         return row
     shallow = tuple(variant + deepcache.SHALLOW for variant in row.variants)
@@ -454,7 +507,8 @@ def example_inputs(
             size = [request.height, request.width]
             inputs[want.name] = torch.tensor([[*size, 0, 0, *size]]).expand(want.shape).to(dtype).contiguous()
         else:
-            inputs[want.name] = torch.randn(want.shape, generator=generator).to(dtype)
+            drawn = torch.randn(want.shape, generator=generator).to(dtype)
+            inputs[want.name] = torch.empty_strided(want.shape, want.stride, dtype=dtype).copy_(drawn)
     return {name: tensor.to(request.device) for name, tensor in inputs.items()}
 
 
@@ -473,8 +527,9 @@ def golden(component: Component, configs: Configs, tensors: Tensors, request: Re
 
     Returns:
         ``<component>.<variant>.input.<name>`` as the engine takes them (its dtypes), and
-        ``<component>.<variant>.output.<name>`` in fp32.
+        ``<component>.<variant>.output.<name>`` in fp32. A component in segments is computed, and checked, as a whole.
     """
+    component = component.whole or component
     reference = component.reference(configs[component.source], tensors, request.device)
     made: dict[str, Tensor] = {}
     with _exact_fp32():

@@ -67,7 +67,7 @@ class TorchExporter(Exporter):
         self, component: Component, variant: str, configs: Configs, request: Request, out: Path, stem: str
     ) -> VariantCode:
         dtype = TENSORS[component.precision(configs, request)]
-        graph = component.graph(configs[component.source], request.device, dtype)
+        graph = component.graph_of(variant, configs[component.source], request.device, dtype)
         renamed = layout.pad_small(graph.module)
         inputs = example_inputs(component, configs, request, variant)
         file = out / f"{stem}.pt2"
@@ -79,13 +79,12 @@ class TorchExporter(Exporter):
             results = [node.meta["val"] for node in program.graph.find_nodes(op="output")[0].args[0]]
             _compile(program, file, request)
         _slim(file)
+        names = graph.outputs or component.outputs_of(variant)
         parameters = {name: p for name, p in graph.module.named_parameters() if name in used}
         return VariantCode(
             file=file.name,
             inputs=tuple(spec_of(name, tensor) for name, tensor in inputs.items()),
-            outputs=tuple(
-                spec_of(name, tensor) for name, tensor in zip(component.outputs_of(variant), results, strict=True)
-            ),
+            outputs=tuple(spec_of(name, tensor) for name, tensor in zip(names, results, strict=True)),
             constants={name: name for name in parameters},
             tensors=layout.plan(parameters, graph.sources, renamed, graph.recipes),
         )

@@ -26,8 +26,9 @@ def load(
         path: an artifact's folder, or a list of them.
         device: where to run, ``cuda:1`` for example; by default what the artifact was built for.
         scheduler: any diffusers scheduler instead of the artifact's own.
-        memory: what stays loaded between the stages of a call: ``resident`` (everything), ``staged`` (nothing) or
-            ``model-offload`` (weights, in pinned host memory).
+        memory: what stays loaded between the stages of a call: ``resident`` (everything), ``staged`` (nothing),
+            ``model-offload`` (weights, in pinned host memory) or ``sequential`` (the same, and the UNet's segments
+            take turns on the GPU).
         uploads: from :func:`runtimes.gpu_upload.begin`, where the upload of the weights to a GPU was begun
             before torch was imported.
 

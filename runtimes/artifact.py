@@ -72,7 +72,7 @@ class Artifact:
         """
         described = self.manifest.components[component]
         form = described.variants[variant]
-        files = [form.file, described.weights] if described.weights else [form.file]
+        files = [*form.files, described.weights] if described.weights else form.files
         shapes = str([spec.shape for spec in form.inputs])  # one file may serve several sizes
         digests = (component, variant, shapes, *(self.manifest.files[f].sha256 for f in files))
         if digests not in self._engines:
@@ -171,7 +171,8 @@ def open_all(
         if (key.width, key.height) in taken:
             raise SdxlError(f"{path} and {taken[key.width, key.height]} both make {key.width}x{key.height}.")
         taken[key.width, key.height] = path
-    weights, engines = Weights(where, offload=mode == memory.MODEL_OFFLOAD), Engines()
+    weights = Weights(where, offload=mode in memory.OFFLOADING, sequential=mode == memory.SEQUENTIAL)
+    engines = Engines()
     opened = [Artifact(path, manifest, where, weights, engines) for path, manifest in read]
     # Once nothing is left to refuse: the weights come in while engines are opened and prompts encoded.
     if uploads is None and where.type == "cuda":

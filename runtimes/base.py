@@ -113,10 +113,22 @@ class Loader(abc.ABC):
         """
         described = manifest.components[component]
         form = described.variants[variant]
-        tensors = weights.tensors(folder, manifest, component) if self.takes_weights else {}
+        turns = None
+        if form.segments and weights.sequential:
+            turns, tensors = weights.turns(folder, manifest, component)
+        else:
+            tensors = weights.tensors(folder, manifest, component) if self.takes_weights else {}
         # A CUDA graph holds the addresses of weights.
         options = {**manifest.key.options, "cuda_graphs": not weights.offload}
         name = f"{component}.{variant}"
+        if form.segments:
+            from runtimes import segments
+
+            parts = [
+                self._engine(folder / part.file, f"{name}.{number}", described, part, tensors, options, device)
+                for number, part in enumerate(segments.forms(form), 1)
+            ]
+            return segments.SegmentedEngine(name, form, device, parts, turns)
         return self._engine(folder / form.file, name, described, form, tensors, options, device)
 
     @abc.abstractmethod

@@ -138,8 +138,8 @@ def _preset(context: click.Context, option: click.Parameter, name: str | None) -
     type=click.Choice(MODES),
     default=RESIDENT,
     show_default=True,
-    help="What stays loaded: everything; only what a stage (encoding, denoising, decoding) needs; or weights too, in "
-    "main memory (GPU only).",
+    help="What stays loaded: everything; only what a stage (encoding, denoising, decoding) needs; that, and "
+    "weights in main memory (GPU only); or besides that the UNet's segments in turns (GPU only).",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, load nothing: print the paths that would be written.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of paths.")

@@ -3,15 +3,19 @@
 Standard library only: modes are refused before torch is imported.
 """
 
+import shlex
 from collections.abc import Iterable
 
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
 from runtimes.gpu_upload import LOADERS
 
-RESIDENT, STAGED, MODEL_OFFLOAD = MODES = ("resident", "staged", "model-offload")
+RESIDENT, STAGED, MODEL_OFFLOAD, SEQUENTIAL = MODES = ("resident", "staged", "model-offload", "sequential")
 """``resident``: what was loaded stays. ``staged``: a stage's components (encoding, denoising, decoding) take the
-place of the last one's. ``model-offload``: the same, and their weights stay in pinned host memory."""
+place of the last one's. ``model-offload``: the same, and their weights stay in pinned host memory. ``sequential``: the
+same, and the UNet's segments take turns on the GPU."""
+OFFLOADING = (MODEL_OFFLOAD, SEQUENTIAL)
+"""Those whose weights stay in pinned host memory."""
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -24,7 +28,7 @@ def check(mode: str, manifests: Iterable[Manifest]) -> None:
     """
     if mode not in MODES:
         raise SdxlError(f"There is no memory mode {mode!r}.", f"There are: {', '.join(MODES)}")
-    if mode != MODEL_OFFLOAD:
+    if mode not in OFFLOADING:
         return
     for manifest in manifests:
         if manifest.key.target.startswith("cpu"):
@@ -36,7 +40,13 @@ def check(mode: str, manifests: Iterable[Manifest]) -> None:
         if holding:
             raise SdxlError(
                 f"--memory {mode} moves weights, and {', '.join(holding)}'s engines hold theirs.",
-                f"Load them for their turn: --memory {STAGED}. Or build with: sdxl-build torch",
+                f"Load them for their turn: --memory {STAGED}. Or build with: sdxl-build torch"
+                + (" --segments 8" if mode == SEQUENTIAL else ""),
+            )
+        if mode == SEQUENTIAL and "segments" not in manifest.key.options:
+            raise SdxlError(
+                f"--memory {mode} needs a UNet in segments; the artifact's is in one piece.",
+                f"Build one: {shlex.join(manifest.command)} --segments 8",
             )
 
 
@@ -55,4 +65,4 @@ def refuse_loras(mode: str) -> None:
 
 def ahead(mode: str) -> tuple[str, ...] | None:
     """The components whose weights are uploaded before anybody asks for them; None for all."""
-    return {RESIDENT: None, STAGED: TEXT_ENCODERS, MODEL_OFFLOAD: ()}[mode]
+    return {RESIDENT: None, STAGED: TEXT_ENCODERS, MODEL_OFFLOAD: (), SEQUENTIAL: ()}[mode]

@@ -1,6 +1,6 @@
 """Calls of a pipeline stage by stage: a run's prompts, then its pictures' steps, then their pixels.
 
-What ``--memory staged`` and ``model-offload`` do: each component is loaded once a run.
+What ``--memory staged``, ``model-offload`` and ``sequential`` do: each component is loaded once a run.
 """
 
 import gc
@@ -28,6 +28,8 @@ def announce(mode: str) -> None:
         log.info("Memory: staged. Each run loads its components anew: with --prompts -, each line.")
     if mode == memory.MODEL_OFFLOAD:
         log.info("Memory: model-offload. CUDA graphs are off: weights move between stages, and graphs hold addresses.")
+    if mode == memory.SEQUENTIAL:
+        log.info("Memory: sequential. The UNet's segments take turns on the GPU, in every step; CUDA graphs are off.")
 
 
 def free(artifact: Artifact, keep: Collection[str]) -> None:

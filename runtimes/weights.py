@@ -6,15 +6,18 @@ import logging
 import struct
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from buildtool.store.errors import SdxlError
-from buildtool.store.manifest import Manifest, StoredTensor
+from buildtool.store.manifest import Component, Manifest, StoredTensor
 from runtimes import timeline
 from runtimes.gpu_upload import Uploads
+
+if TYPE_CHECKING:
+    from runtimes.segments import Turns
 
 log = logging.getLogger("runtimes")
 
@@ -32,10 +35,12 @@ class Weights:
     Args:
         device: where the tensors are.
         offload: whether files are kept in pinned host memory, and copied from there each time they are needed.
+        sequential: whether segments take turns on the device, where there are any.
     """
 
-    def __init__(self, device: torch.device, offload: bool = False) -> None:
-        self.device, self.offload = device, offload
+    def __init__(self, device: torch.device, offload: bool = False, sequential: bool = False) -> None:
+        self.device, self.offload, self.sequential = device, offload, sequential
+        self._turns: dict[str, Turns] = {}
         self._host: dict[str, HostFile] = {}
         self._uploads: Uploads | None = None
         self._files: dict[str, tuple[Tensor, dict[str, Any]]] = {}
@@ -47,7 +52,7 @@ class Weights:
     @property
     def bytes(self) -> int:
         """Bytes of weights held, each file counted once."""
-        return sum(data.nbytes for data, _ in self._files.values())
+        return sum(data.nbytes for data, _ in self._files.values()) + sum(turns.bytes for turns in self._turns.values())
 
     def free(self, keep: Collection[str]) -> bool:
         """Lets go of all files on the device but those of some digests.
@@ -55,9 +60,10 @@ class Weights:
         Returns:
             Whether there were any.
         """
-        others = self._files.keys() - keep
+        others = {*self._files, *self._turns}.difference(keep)
         for digest in others:
-            del self._files[digest]
+            self._files.pop(digest, None)
+            self._turns.pop(digest, None)
         return bool(others)
 
     def tensors(self, folder: Path, manifest: Manifest, component: str) -> dict[str, Tensor]:
@@ -71,33 +77,47 @@ class Weights:
         where = f"{folder / described.weights}"
         return {name: _view(name, stored, data, header, where) for name, stored in described.tensors.items()}
 
+    def turns(self, folder: Path, manifest: Manifest, component: str) -> "tuple[Turns, dict[str, Tensor]]":
+        """What brings a component's segments to the device, each in its turn, and where its tensors are then.
+
+        Raises:
+            SdxlError: as for :meth:`tensors`.
+        """
+        from runtimes.segments import Span, Turns
+
+        described = manifest.components[component]
+        path, digest = folder / described.weights, manifest.files[described.weights].sha256
+        header, start, size = _header(path)
+        owners = owned(described)
+        spans = []
+        for names in owners:
+            places = [header[name]["data_offsets"] for name in names if name in header]
+            spans.append(Span(start + min(begin for begin, _ in places), start + max(end for _, end in places)))
+        if digest not in self._turns:
+            self._turns[digest] = Turns(self._on_host(path, digest, size).data, spans, self.device)
+        turns = self._turns[digest]
+        tensors = {}
+        for number, names in enumerate(owners):
+            buffer, first = turns.buffer(number), spans[number].begin - start
+            for name in names:
+                tensors[name] = _view(name, described.tensors[name], buffer, header, str(path), first)
+        return turns, tensors
+
     def _file(self, path: Path, digest: str) -> tuple[Tensor, dict[str, Any]]:
         if digest not in self._files:
             self._files[digest] = self._read(path, digest)
         return self._files[digest]
 
     def _read(self, path: Path, digest: str) -> tuple[Tensor, dict[str, Any]]:
-        try:
-            size = path.stat().st_size
-            with open(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                if length > size:
-                    raise ValueError
-                header = json.loads(file.read(length))
-            data = self._data(path, digest, size)[8 + length :]
-        except FileNotFoundError:
-            raise SdxlError(f"{path} is missing.", "Check the artifact: sdxl-build verify") from None
-        except (struct.error, ValueError, UnicodeDecodeError):
-            raise SdxlError(f"{path} is no safetensors file.", "Check the artifact: sdxl-build verify") from None
-        return data, header
+        header, start, size = _header(path)
+        return self._data(path, digest, size)[start:], header
 
     def _data(self, path: Path, digest: str, size: int) -> Tensor:
         """The whole file as bytes (uint8) on the device."""
         if self.offload:
-            if digest not in self._host:
-                self._host[digest] = HostFile(path, size, pin=self.device.type == "cuda")
+            waiting = self._on_host(path, digest, size)
             with timeline.span(f"copy {path.stem}"):
-                return self._host[digest].data.to(self.device, copy=True)
+                return waiting.data.to(self.device, copy=True)
         if self.device.type == "cpu":
             return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         uploads = self._uploads
@@ -105,6 +125,40 @@ class Weights:
             uploads = Uploads({digest: path}, self.device.index or 0)
         # The tensor keeps the upload, which owns the memory.
         return torch.as_tensor(uploads.take(digest), device=self.device)
+
+    def _on_host(self, path: Path, digest: str, size: int) -> "HostFile":
+        """A whole file in host memory, where it stays."""
+        if digest not in self._host:
+            self._host[digest] = HostFile(path, size, pin=self.device.type == "cuda")
+        return self._host[digest]
+
+
+def owned(component: Component) -> list[set[str]]:
+    """The stored tensors that each segment reads, in any of the component's variants."""
+    counts = {len(variant.segments) for variant in component.variants.values()}
+    return [
+        {stored for v in component.variants.values() for stored in v.segments[number].constants.values()}
+        for number in range(min(counts))
+    ]
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """A safetensors file's header, where its data begins, and its size in bytes.
+
+    Raises:
+        SdxlError: it is missing, or no such file.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError
+            return json.loads(file.read(length)), 8 + length, size
+    except FileNotFoundError:
+        raise SdxlError(f"{path} is missing.", "Check the artifact: sdxl-build verify") from None
+    except (struct.error, ValueError, UnicodeDecodeError):
+        raise SdxlError(f"{path} is no safetensors file.", "Check the artifact: sdxl-build verify") from None
 
 
 class HostFile:
@@ -133,14 +187,17 @@ class HostFile:
                 torch.cuda.cudart().cudaHostUnregister(self._address)  # type: ignore[no-untyped-call]
 
 
-def _view(name: str, stored: StoredTensor, data: Tensor, header: dict[str, Any], where: str) -> Tensor:
-    """The view of a flat stored tensor that compiled code takes; refused if the file disagrees."""
+def _view(name: str, stored: StoredTensor, data: Tensor, header: dict[str, Any], where: str, first: int = 0) -> Tensor:
+    """The view of a flat stored tensor that compiled code takes; refused if the file disagrees.
+
+    ``data`` are the file's from byte ``first`` on.
+    """
     dtype: torch.dtype = getattr(torch, stored.dtype)
     entry = header.get(name)
     needed = _extent(stored) * dtype.itemsize
     if entry is None or entry["dtype"] != NAMES[stored.dtype]:
         raise SdxlError(f"{where} has no {stored.dtype} tensor {name!r}.", "Check the artifact: sdxl-build verify")
-    begin, end = entry["data_offsets"]
+    begin, end = (at - first for at in entry["data_offsets"])
     if end - begin < needed or end > data.numel():
         raise SdxlError(f"{where} is cut short at {name!r}.", "Check the artifact: sdxl-build verify")
     return data[begin : begin + needed].view(dtype).as_strided(stored.shape, stored.stride)

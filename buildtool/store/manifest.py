@@ -64,13 +64,30 @@ class Check(_Struct, frozen=True):
     """Why the check was deferred; empty when it passed."""
 
 
-class Variant(_Struct, frozen=True):
+class Segment(_Struct, frozen=True):
+    """A part of a variant that is compiled by itself. Parts hand tensors over by name: an input is the variant's, or
+    an output of an earlier part."""
+
     file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    constants: dict[str, str]
+
+
+class Variant(_Struct, frozen=True, omit_defaults=True):
+    file: str
+    """Empty for a variant in segments."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     constants: dict[str, str]
     """The compiled code's own name of a constant -> the stored tensor that it takes."""
     check: Check
+    segments: tuple[Segment, ...] = ()
+    """In the order in which they run; no two take the same stored tensor."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(part.file for part in self.segments) or (self.file,)
 
 
 class Component(_Struct, frozen=True):
@@ -156,7 +173,7 @@ def decode(data: bytes, where: str) -> Manifest:
         raise SdxlError(f"{where} is not a valid manifest: {error}.", "Build the artifact again.") from None
     names = [*manifest.files]
     for component in manifest.components.values():
-        names += [variant.file for variant in component.variants.values()]
+        names += [file for variant in component.variants.values() for file in variant.files]
         names += [component.weights] if component.weights else []
     for name in names:
         check_relative(name, where)

@@ -75,6 +75,17 @@ def test_a_preset_is_its_options_and_no_ingredient_of_the_key(tmp_path: Path) ->
 
     assert path("--preset", "fastest") == path("--vae", "tiny") != path()
     assert path("--preset", "fastest", "--vae", "default") == path("--preset", "quality") == path()
+    assert path("--preset", "vram4") == path("--vae", "tiny", "--segments", "8") != path("--vae", "tiny")
+
+
+def test_a_preset_is_refused_where_an_option_of_it_is_not() -> None:
+    from click.testing import CliRunner
+
+    from buildtool.cli import main
+
+    done = CliRunner().invoke(main, ["onnx", "--model", "tiny", "--gpu", "cpu", "--preset", "vram4", "--dry-run"])
+    assert done.exit_code == 2
+    assert "vram4 sets --segments 8, which this backend lacks. Try: sdxl-build torch" in done.output
 
 
 def test_another_vae_changes_weights_and_code_of_the_vae_alone() -> None:

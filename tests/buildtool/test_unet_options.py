@@ -1,4 +1,4 @@
-"""``--freeu`` and ``--deepcache``: their values, what they are refused for, and which keys they change."""
+"""``--freeu``, ``--deepcache``, ``--segments``: their values, what they are refused for, and which keys they change."""
 
 from typing import Any
 
@@ -47,15 +47,37 @@ def test_code_that_holds_weights_has_the_options_of_the_unet_in_the_unets_key() 
     assert plan._unet_code_options(options) == {"freeu": {"s1": 1.0}}
 
 
-@pytest.mark.parametrize("options", [{"freeu": "0.9,0.2,1.3,1.4"}, {"deepcache": "3:4"}])
-def test_the_command_builds_the_same_key(options: dict[str, str]) -> None:
+def test_segments_are_in_both_keys_and_change_the_unets_code_alone() -> None:
+    plain, two, three = one(), one(segments=2), one(segments=3)
+    assert three.key.options["segments"] == 3
+    assert {n for n in differences(two.key, three.key)} == {"options.segments"}
+    assert changed(plain, two) == changed(two, three) == {"unet"}
+    assert changed(three, one(segments=3, freeu="0.9,0.2,1.3,1.4")) == {"unet"}
+
+
+def test_a_unet_is_cut_into_as_many_parts_as_it_has_layers() -> None:
+    assert unet_options.segments(32, SDXL) == 32
+    for count in (1, 33):
+        with pytest.raises(SdxlError, match=f"--segments {count} was asked for; this UNet can be cut into 2 to 32"):
+            unet_options.segments(count, SDXL)
+    with pytest.raises(SdxlError, match="--segments knows SDXL's blocks; this checkpoint's UNet has UNetMidBlock2D"):
+        unet_options.segments(2, {**SDXL, "mid_block_type": "UNetMidBlock2D"})
+
+
+def test_segments_and_deepcache_are_refused_together() -> None:
+    with pytest.raises(SdxlError, match="--segments 2 and --deepcache 3 cut the UNet in two ways"):
+        one(segments=2, deepcache="3")
+
+
+@pytest.mark.parametrize("options", [{"freeu": "0.9,0.2,1.3,1.4"}, {"deepcache": "3:4"}, {"segments": 3}])
+def test_the_command_builds_the_same_key(options: dict[str, Any]) -> None:
     from buildtool.cli import torch_command
 
     planned = one(**options)
     params = torch_command.make_context("torch", list(planned.command[2:])).params
     (again,) = plan.plan(Spec("torch", **{k: v for k, v in params.items() if k not in ("dry_run", "as_json")}))
     assert again.key == planned.key
-    assert not {"--freeu", "--deepcache"} & set(one().command)
+    assert not {"--freeu", "--deepcache", "--segments"} & set(one().command)
 
 
 @pytest.mark.parametrize("text", ["", "0.9,0.2,1.3", "0.9,0.2,1.3,1.4,1", "a,b,c,d", "0,0.2,1.3,1.4", "nan,1,1,1"])

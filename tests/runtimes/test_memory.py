@@ -41,13 +41,23 @@ def test_modes_that_cannot_be_are_refused_by_name() -> None:
     here = stand_in_manifest()
     with pytest.raises(SdxlError, match="no memory mode 'none'") as caught:
         memory.check("none", [here])
-    assert "resident, staged, model-offload" in caught.value.hint
+    assert "resident, staged, model-offload, sequential" in caught.value.hint
     with pytest.raises(SdxlError, match="the artifact was built for cpu-avx2"):
         memory.check("model-offload", [here])
     with pytest.raises(SdxlError, match="trt_engine's engines hold theirs") as caught:
         memory.check("model-offload", [other(here, "sm90", "trt_engine")])
     assert "--memory staged" in caught.value.hint
     memory.check("model-offload", [other(here, "sm90", "torch_package")])
+    cut = stand_in_manifest(options={"segments": 2})
+    with pytest.raises(SdxlError, match="the artifact was built for cpu-avx2"):
+        memory.check("sequential", [cut])
+    with pytest.raises(SdxlError, match="the artifact's is in one piece") as caught:
+        memory.check("sequential", [other(cut, "sm90", "torch_package"), other(here, "sm90", "torch_package")])
+    assert "sdxl-build torch --model tiny" in caught.value.hint and caught.value.hint.endswith("--segments 8")
+    with pytest.raises(SdxlError, match="trt_engine's engines hold theirs") as caught:
+        memory.check("sequential", [other(cut, "sm90", "trt_engine")])
+    assert caught.value.hint.endswith("sdxl-build torch --segments 8")
+    memory.check("sequential", [other(cut, "sm90", "torch_package")])
     for mode in ("resident", "staged"):
         memory.check(mode, [here, other(here, "sm90", "trt_engine")])
 
@@ -75,7 +85,7 @@ def test_only_what_comes_first_is_uploaded_ahead(tmp_path: Path) -> None:
         files={n: manifests.FileEntry(size=1, sha256=n) for n in names},
     )
     ahead = {m: [*gpu_upload.weights_files([(tmp_path, here)], memory.ahead(m))] for m in memory.MODES}
-    assert ahead == {"resident": [*names], "staged": [*names[:2]], "model-offload": []}
+    assert ahead == {"resident": [*names], "staged": [*names[:2]], "model-offload": [], "sequential": []}
 
 
 class StandInStages(StandInPipeline):

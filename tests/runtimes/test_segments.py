@@ -1,0 +1,201 @@
+"""UNets in segments: each finds its weights in its turn, and pictures are those of the UNet in one piece."""
+
+import dataclasses
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import runtimes
+from buildtool.store.manifest import Check, Segment, TensorSpec, Variant
+from runtimes import lora_names, memory, segments
+from runtimes.base import Engine
+from runtimes.pipeline import Pipeline
+from runtimes.segments import SegmentedEngine, Span, Turns
+from tests.runtimes.test_parity import difference
+
+CPU = torch.device("cpu")
+
+
+class Recorded:
+    """Copies that nobody makes before somebody waits for them, as late as a GPU may make them."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.waiting: dict[int, tuple[Tensor, Tensor]] = {}
+        self.busy = [False, False]
+
+    def start(self, side: int, to: Tensor, data: Tensor) -> None:
+        assert side not in self.waiting and not self.busy[side]
+        self.said.append(f"copy {int(data[0])}")
+        self.waiting[side] = (to, data)
+
+    def await_(self, side: int) -> None:
+        if side in self.waiting:
+            to, data = self.waiting.pop(side)
+            to.copy_(data)
+        self.busy[side] = True
+
+    def used(self, side: int) -> None:
+        self.busy[side] = False
+
+
+def turns(sizes: list[int]) -> tuple[Turns, Recorded]:
+    """Segments of these sizes whose bytes are their numbers, and what is done about them."""
+    host = torch.cat([torch.full((size,), i, dtype=torch.uint8) for i, size in enumerate(sizes)])
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    made = Turns(host, [Span(end - size, end) for size, end in zip(sizes, ends, strict=True)], CPU)
+    made._copies = recorded = Recorded()
+    return made, recorded
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_each_segment_finds_its_weights_and_the_next_ones_are_on_their_way(count: int) -> None:
+    sizes = [4, 7, 5, 6, 3][:count]
+    ours, recorded = turns(sizes)
+    assert ours.bytes == 2 * max(sizes)
+    for _ in range(3):
+        for number in range(count):
+            with ours.turn(number):
+                assert ours.buffer(number).tolist() == [number] * sizes[number]
+                recorded.said.append(f"run {number}")
+    said = recorded.said
+    if count == 2:  # both are there for good
+        assert said == ["copy 0", "copy 1", *["run 0", "run 1"] * 3]
+        return
+    for number in range(1, count):  # the next one's copy is started first
+        assert said.index(f"copy {number}") < said.index(f"run {number - 1}")
+    wanted = {f"copy {number}": 3 for number in range(count)}
+    wanted["copy 0"] += count % 2 == 0  # on its way for a step that doesn't come
+    if count == 3:
+        wanted["copy 1"] = 1  # alone in its buffer
+    assert {line: said.count(line) for line in said if "copy" in line} == wanted
+
+
+def test_a_segment_that_fails_gives_its_buffer_back() -> None:
+    ours, recorded = turns([2, 2, 2])
+    with pytest.raises(ValueError), ours.turn(0):
+        raise ValueError
+    assert recorded.busy == [False, False]
+    with ours.turn(2):
+        assert ours.buffer(2).tolist() == [2, 2]
+
+
+class Adder(Engine):
+    """Adds its inputs up; its outputs are the sum, and twice the sum."""
+
+    def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        made = torch.stack(inputs).sum(dim=0)
+        return (made, 2 * made)[: len(self.outputs)]
+
+
+def specs(*names: str) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name=name, shape=(1,), dtype="float32", stride=(1,)) for name in names)
+
+
+def test_parts_hand_over_by_name_and_let_go_after_the_last_reader() -> None:
+    named = [(("x", "y"), ("a", "b")), (("a", "x"), ("c",)), (("c", "b"), ("out",))]
+    parts = tuple(
+        Segment(file=str(i), inputs=specs(*t), outputs=specs(*g), constants={}) for i, (t, g) in enumerate(named)
+    )
+    check = Check(status="passed", error={}, tolerance=1.0, reason="")
+    whole = Variant(file="", inputs=specs("x", "y"), outputs=specs("out"), constants={}, check=check, segments=parts)
+    assert whole.files == ("0", "1", "2")
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[list[bool]] = []
+
+    class Watched(Adder):
+        def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+            alive.append([ref() is not None for ref in seen])
+            made = super()._run(inputs)
+            seen.extend(weakref.ref(tensor) for tensor in made)
+            return made
+
+    engines = [Watched(form.file, form, CPU) for form in segments.forms(whole)]
+    ours = SegmentedEngine("unet.cfg", whole, CPU, engines, None)
+    (out,) = ours(x=torch.tensor([1.0]), y=torch.tensor([2.0]))
+    assert out.item() == (3 + 1) + 6  # c = a + x = 4, b = 6
+    assert alive == [[], [True, True], [False, True, True]]  # of a, b and c
+    with pytest.raises(ValueError, match=r"unet\.cfg takes x, y"):
+        ours(x=torch.zeros(1))
+
+
+# From here on with engines.
+
+
+@pytest.fixture(scope="module")
+def segmented(micro_model: Path, micro_artifact: Path, store_root: Path) -> Path:
+    """The micro model in three segments, without the variant that runs without guidance: half the work."""
+    from buildtool.build import build
+    from buildtool.plan import Spec, plan
+    from buildtool.progress import Progress
+    from exporters import sdxl
+
+    rows = tuple(dataclasses.replace(c, variants=c.variants[:1]) if c.name == "unet" else c for c in sdxl.COMPONENTS)
+    with pytest.MonkeyPatch.context() as patch, Progress() as progress:
+        patch.setattr(sdxl, "COMPONENTS", rows)
+        (planned,) = plan(Spec("torch", model=str(micro_model), gpu="cpu", segments=3, artifacts=store_root))
+        return build(planned, progress).path
+
+
+def latents(pipeline: Pipeline) -> Tensor:
+    made: Tensor = pipeline(
+        ["a", "b"],
+        num_inference_steps=3,
+        generator=[torch.Generator().manual_seed(i) for i in (1, 2)],
+        output_type="latent",
+    ).images
+    return made
+
+
+@pytest.mark.slow
+def test_segments_draw_what_the_whole_unet_draws(segmented: Path, micro_artifact: Path) -> None:
+    ours, whole = runtimes.load(segmented), runtimes.load(micro_artifact)
+    assert difference(latents(ours), latents(whole)) <= 1e-4
+    unet, plain = (p.artifacts[0].manifest.components["unet"] for p in (ours, whole))
+    assert [len(form.segments) for form in unet.variants.values()] == [3]
+    assert unet.variants["cfg"].check.status == "passed"  # all of it against fp32 eager
+    assert unet.variants["cfg"].inputs == plain.variants["cfg"].inputs
+    # A LoRA finds every matrix that it finds in the whole.
+    found, wanted = (lora_names._rows(component) for component in (unet, plain))
+    assert {source: size for source, (_, _, size) in found.items()} == {s: size for s, (_, _, size) in wanted.items()}
+
+
+@pytest.mark.slow
+def test_segments_in_turns_draw_the_same(segmented: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands in for a GPU. Latents are the resident ones, bit by bit, though copies are made at the last
+    moment and what has had its turn is spoilt."""
+    monkeypatch.setattr(memory, "check", lambda mode, found: None)
+    resident, ours = runtimes.load(segmented), runtimes.load(segmented, memory="sequential")
+    wanted, there = latents(resident), ours.artifacts[0]
+    copies = Recorded()
+    init, turn = Turns.__init__, Turns.turn
+    ran: list[int] = []
+
+    def watched(self: Turns, *arguments: Any) -> None:
+        init(self, *arguments)
+        self._copies = copies
+
+    def spoiling(self: Turns, number: int) -> Any:
+        ran.append(number)
+        for side in range(2):
+            if side != number % 2 and self._holds[side] not in (None, (number + 1) % 3):
+                self.buffers[side].fill_(0xFF)  # NaN
+        return turn(self, number)
+
+    monkeypatch.setattr(Turns, "__init__", watched)
+    monkeypatch.setattr(Turns, "turn", spoiling)
+    assert torch.equal(latents(ours), wanted)
+    assert ran == [0, 1, 2] * 6  # three steps of two pictures
+    (held,) = there._weights._turns.values()
+    largest = max(span.size for span in held._spans)
+    file = there.manifest.files[there.manifest.components["unet"].weights]
+    assert there._weights.bytes == held.bytes == 2 * largest < file.size and not there._weights._files
+    freed = weakref.ref(held.buffers[0])
+    del held
+    ours.decode(wanted)
+    assert freed() is None and not there._weights._turns
+    assert torch.equal(latents(ours), wanted)
