@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py "$(sdxl-build torch --model random:sdxl-base)"
     python benchmarks/memory.py DIR_1024x1024 DIR_768x1344        # the second's weights are the first's
+    python benchmarks/memory.py --preset vram4 DIR                # the peak of a run alone: nothing stays loaded
 
 "driver" is what the device lacks (total less free, as cudaMemGetInfo has it) beyond what it lacked before the measured
 process began: its context, libraries' code, CUDA graphs and everything else that torch's allocator doesn't count. This
@@ -31,6 +32,8 @@ from benchmarks import report
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
+from buildtool.store.presets import PRESETS
+from runtimes.memory import MODES, RESIDENT
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a large red circle on the left"
@@ -228,9 +231,12 @@ def measure_run(folders: Sequence[str], read: Sequence[Manifest], options: argpa
         (Path(scratch) / "jobs.jsonl").write_text("\n".join(jobs) + "\n")
         command = [sys.executable, "-m", "runtimes.cli", *(w for f in folders for w in ("--engine", str(f)))]
         command += ["--prompts", f"{scratch}/jobs.jsonl", "--steps", str(options.steps), "--json", "--quiet"]
-        command += ["--guidance-until", str(options.guidance_until), "--out", f"{scratch}/{{index}}.png"]
+        command += ["--out", f"{scratch}/{{index}}.png"]
+        command += [] if options.guidance_until is None else ["--guidance-until", str(options.guidance_until)]
         if gpu and index:
             command += ["--gpu-index", str(index)]
+        for option, value in (("--preset", options.preset), ("--memory", options.memory)):
+            command += [option, value] if value else []
         baseline = settled(lambda: used(index)) if gpu else 0
         process = _spawn(command)
         with Sampler(lambda: used(index) if gpu else resident(process.pid)) as sampler:
@@ -273,7 +279,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifacts", nargs="+", metavar="ARTIFACT", help="artifacts of one model, several resolutions")
     parser.add_argument("--steps", type=int, default=4, help="of a picture; the peak doesn't depend on them")
-    parser.add_argument("--guidance-until", type=float, default=1.0, help="below 1: unet.nocfg runs too")
+    parser.add_argument("--guidance-until", type=float, help="below 1: unet.nocfg runs too")
+    parser.add_argument("--memory", choices=MODES, help="sdxl-run's")
+    parser.add_argument("--preset", choices=[*PRESETS], help="sdxl-run's, but for --steps")
     parser.add_argument("--gpu-index", type=int, default=0, metavar="N")
     parser.add_argument("--json", metavar="FILE", help="the measurements, to a file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -297,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         used(options.gpu_index)  # this process's own context is part of the baseline
     chosen = [options.artifacts[:1]] + ([options.artifacts] if len(read) > 1 else [])
     where = report.hardware(read[0], options.gpu_index)
+    mode = options.memory or (PRESETS[options.preset].run if options.preset else {}).get("memory", RESIDENT)
     files = weights_by_component(read)
     peaks: list[Peak] = []
     engines: list[dict[str, Any]] = []
@@ -317,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peaks.append(measure_run(folders, read[: len(folders)], options))
         shown.add(peak_cells(peaks[-1]))
         write()
-    for folders in chosen:
+    for folders in chosen if mode == RESIDENT else ():
         measured = measure_engines(folders, options, gpu)
         engines.append(measured)
         print(f"\nEngine after engine, {' and '.join(Path(f).resolve().name for f in folders)}:\n")
@@ -328,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\nA picture after that: torch allocated at most {report.size(figures[0])}, reserved", end=" ")
             print(f"{report.size(figures[1])}.", flush=True)
     held = [measured["marks"][-1].weights for measured in engines]
-    grown = held[-1] - held[0]
+    grown = held[-1] - held[0] if held else 0
     if len(held) > 1:
         more = engines[-1]["marks"][-1].driver - engines[0]["marks"][-1].driver
         print(

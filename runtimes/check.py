@@ -17,6 +17,7 @@ from torch import Tensor
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Variant
+from runtimes import stages
 from runtimes.artifact import Artifact, device_for
 from runtimes.base import Engine
 from runtimes.weights import Weights
@@ -106,6 +107,8 @@ def ensure(artifact: Artifact, component: str, variant: str, engine: Engine) -> 
 def check(folder: Path, device: str | None = None) -> dict[str, dict[str, Any]]:
     """Every variant of an artifact against its golden tensors.
 
+    Segments take turns in memory, and components too then: what is built for a small GPU is checked on one.
+
     Returns:
         ``<component>.<variant>`` -> ``error`` by output, ``tolerance``, ``passed``.
     """
@@ -113,12 +116,16 @@ def check(folder: Path, device: str | None = None) -> dict[str, dict[str, Any]]:
     if GOLDEN not in manifest.files:
         raise SdxlError(f"{folder} was built without golden tensors to check it with.", "Build it with them: --golden")
     where = device_for(manifest, device)
-    artifact = Artifact(folder, manifest, where, Weights(where), {})
+    turns = "segments" in manifest.key.options
+    artifact = Artifact(folder, manifest, where, Weights(where, offload=turns, sequential=turns), {})
     results: dict[str, dict[str, Any]] = {}
     for component, described in manifest.components.items():
         for variant, form in described.variants.items():
+            if turns:
+                stages.free(artifact, ())
             engine = artifact.unchecked_engine(component, variant)
             error = errors(artifact, component, variant, engine)
+            del engine
             results[f"{component}.{variant}"] = {
                 "error": error,
                 "tolerance": form.check.tolerance,

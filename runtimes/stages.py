@@ -38,7 +38,7 @@ def free(artifact: Artifact, keep: Collection[str]) -> None:
     if cuda:
         torch.cuda.synchronize(artifact.device)  # no call may still be reading
     if artifact.free(keep):
-        log.info("Memory: all but %s were freed.", ", ".join(sorted(keep)))
+        log.info("Memory: all but %s were freed.", ", ".join(sorted(keep)) or "nothing")
         gc.collect()  # an engine and its CUDA graph refer to each other
         if cuda:
             GraphPool.empty(artifact.device)
