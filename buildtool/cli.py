@@ -186,6 +186,12 @@ _deepcache_option = click.option(
     metavar="N",
     help="The UNet in N parts, for sdxl-run --memory sequential: on small GPUs they take turns.  [default: one piece]",
 )
+@click.option(
+    "--vae-tile",
+    type=_Resolution(),
+    help="Decode in tiles of at most this size, which overlap and are blended: the VAE takes less memory.  "
+    "[default: whole pictures]",
+)
 def torch_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Builds AOTInductor packages (torch) for this machine's GPU or CPU.
 

@@ -23,7 +23,7 @@ UNSIZED = ("text_encoder", "text_encoder_2")
 # Settings of a VAE's config that its graph doesn't read: fine-tunes that differ in them share code.
 NOT_COMPILED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size")
 
-NOT_IN_CODE = ("golden", "encoder", "freeu", "deepcache", "segments", "lora", "dynamic", "fp8")
+NOT_IN_CODE = ("golden", "encoder", "freeu", "deepcache", "segments", "vae_tile", "lora", "dynamic", "fp8")
 """Options that shape no component's code, or not every component's."""
 
 
@@ -42,6 +42,8 @@ class Spec:
     batch: int = 1
     precision: str | None = None
     vae: str = "default"
+    vae_tile: tuple[int, int] | None = None
+    """Largest size that the VAE's decoder makes at once, in pixels; larger pictures are decoded in tiles."""
     with_encoder: bool = False
     """Whether the artifact has the VAE's encoder too, for image to image."""
     freeu: str | None = None
@@ -96,6 +98,7 @@ class Plan:
         words += ["--resolution", f"{self.width}x{self.height}", "--batch", str(spec.batch)]
         words += ["--precision", self.key.precision]
         words += ["--vae", spec.vae] if spec.vae != "default" else []
+        words += ["--vae-tile", "{}x{}".format(*spec.vae_tile)] if spec.vae_tile else []
         words += ["--with-encoder"] if spec.with_encoder else []
         for option, value in (("--freeu", spec.freeu), ("--deepcache", spec.deepcache)):
             words += [option, value] if value else []
@@ -261,6 +264,9 @@ def _plan(
         options["deepcache"] = unet_options.deepcache(spec.deepcache, source.configs["unet"])
     if spec.segments is not None:
         options["segments"] = unet_options.segments(spec.segments, source.configs["unet"])
+    tile = _tile(spec, width, height, factor)
+    if tile != (width, height):
+        options["vae_tile"] = list(tile)
     if loras:
         options["lora"] = loras
     gpu_name = target.gpu_name if row.tunes else "any"
@@ -289,6 +295,7 @@ def _plan(
     for component, of in (COMPONENTS | (ENCODER if spec.with_encoder else {})).items():
         config = {n: v for n, v in source.configs[of].items() if of != "vae" or n not in NOT_COMPILED}
         sized = component not in UNSIZED
+        own = tile if component == "vae_decoder" else (width, height)
         codes[component] = CodeKey(
             key_version=KEY_VERSION,
             backend=spec.backend,
@@ -296,8 +303,8 @@ def _plan(
             config={**config, "vae_scale_factor": factor} if component == "unet" else config,
             target=target.name,
             gpu_name=gpu_name,
-            width=width if sized else 0,
-            height=height if sized else 0,
+            width=own[0] if sized else 0,
+            height=own[1] if sized else 0,
             batch=spec.batch if sized else 0,
             precision="fp32" if of == "vae" and upcast else precision if component == "unet" else half,
             options=_code_options(row, options, source.weights[of], of == "vae" and upcast)
@@ -306,6 +313,21 @@ def _plan(
             toolchain=toolchain,
         )
     return Plan(spec, source, target, width, height, key, codes)
+
+
+def _tile(spec: Spec, width: int, height: int, factor: int) -> tuple[int, int]:
+    """(width, height) that the VAE's decoder makes at once.
+
+    Raises:
+        SdxlError: ``--vae-tile`` is no size that it can make.
+    """
+    asked = spec.vae_tile or (width, height)
+    if min(asked) < factor or any(side % factor for side in asked):
+        raise SdxlError(
+            f"--vae-tile {asked[0]}x{asked[1]} can't be made: both sides have to be multiples of {factor}.",
+            "Try --vae-tile 512x512",
+        )
+    return min(asked[0], width), min(asked[1], height)
 
 
 def _dynamic(asked: str, source: models.Source, width: int, height: int, factor: int) -> dict[str, list[int]]:

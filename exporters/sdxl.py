@@ -221,6 +221,9 @@ def _unet_inputs(configs: Configs, request: Request, variant: str, dtype: torch.
 
 
 def _decoder_inputs(configs: Configs, request: Request, variant: str, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    if "vae_tile" in request.options:
+        width, height = request.options["vae_tile"]
+        request = replace(request, width=width, height=height)
     return (spec("latents", _latent_shape(configs, request, request.batch), dtype),)
 
 

@@ -153,10 +153,11 @@ class _Decoder:
     def __call__(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
         engine = self._artifact.engine("vae_decoder")
         want = engine.inputs[0]
-        if tuple(z.shape[1:]) != want.shape[1:]:
-            width, height = self._artifact.size
+        factor = self._artifact.manifest.pipeline.vae_scale_factor
+        width, height = self._artifact.size
+        if tuple(z.shape[1:]) != (want.shape[1], height // factor, width // factor):
             raise SdxlError(f"The artifact makes {width}x{height}; the pipeline asks for latents {tuple(z.shape)}.")
-        pixels = images.in_batches(engine, z.to(getattr(torch, want.dtype))).to(z.dtype)
+        pixels = images.in_tiles(engine, z.to(getattr(torch, want.dtype)), factor).to(z.dtype)
         if not return_dict:
             return (pixels,)
         from diffusers.models.autoencoders.vae import DecoderOutput

@@ -15,7 +15,7 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 def decode(artifact: Artifact, latents: Tensor) -> Tensor:
     """Pixels (N, 3, H, W) in about -1…1 of the loop's latents (N, C, h, w), in chunks of the batch.
 
-    Latents larger than the artifact's are decoded in tiles of its size.
+    Latents larger than the decoder's are decoded in tiles of its size.
 
     Raises:
         ValueError: not latents, or smaller than the artifact's in a direction.
@@ -42,9 +42,15 @@ def decode(artifact: Artifact, latents: Tensor) -> Tensor:
         latents = latents * std / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor
-    if tuple(latents.shape[2:]) == tile:
+    return in_tiles(engine, latents, config.vae_scale_factor)
+
+
+def in_tiles(engine: Engine, latents: Tensor, factor: int) -> Tensor:
+    """Scaled latents (N, C, h, w) through a decoder, in tiles where they are larger than it takes."""
+    height, width = engine.inputs[0].shape[2:]
+    if tuple(latents.shape[2:]) == (height, width):
         return in_batches(engine, latents)
-    return tiling.decode(lambda part: in_batches(engine, part), latents, tile, config.vae_scale_factor)
+    return tiling.decode(lambda part: in_batches(engine, part), latents, (height, width), factor)
 
 
 def in_batches(engine: Engine, rows: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ def test_a_preset_is_its_options_and_no_ingredient_of_the_key(tmp_path: Path) ->
 
     assert path("--preset", "fastest") == path("--vae", "tiny") != path()
     assert path("--preset", "fastest", "--vae", "default") == path("--preset", "quality") == path()
-    assert path("--preset", "vram4") == path("--vae", "tiny", "--segments", "8") != path("--vae", "tiny")
+    small = ("--resolution", "1024x1024", "--preset", "vram4", "--vae", "default")
+    assert path(*small) == path("--resolution", "1024x1024", "--segments", "8", "--vae-tile", "512x512")
 
 
 def test_a_preset_is_refused_where_an_option_of_it_is_not() -> None:
@@ -85,7 +86,19 @@ def test_a_preset_is_refused_where_an_option_of_it_is_not() -> None:
 
     done = CliRunner().invoke(main, ["onnx", "--model", "tiny", "--gpu", "cpu", "--preset", "vram4", "--dry-run"])
     assert done.exit_code == 2
-    assert "vram4 sets --segments 8, which this backend lacks. Try: sdxl-build torch" in done.output
+    assert "vram4 sets --segments 8 --vae-tile 512x512, which this backend lacks. Try: sdxl-build" in done.output
+
+
+def test_tiles_are_in_the_key_where_pictures_are_larger_and_change_the_decoders_code_alone() -> None:
+    plain, tiled = one(), one(vae_tile=(128, 256))
+    assert tiled.key.options["vae_tile"] == [128, 256] and "--vae-tile 128x256" in " ".join(tiled.command)
+    changed = {name for name in plan.COMPONENTS if plain.code_keys[name].digest != tiled.code_keys[name].digest}
+    assert changed == {"vae_decoder"}
+    assert tiled.code_keys["vae_decoder"] == one(resolutions=((128, 256),)).code_keys["vae_decoder"]
+    assert one(vae_tile=(512, 128)).key.options["vae_tile"] == [256, 128]  # a tile is no larger than the picture
+    assert one(vae_tile=(256, 512)).key == plain.key
+    with pytest.raises(SdxlError, match=r"--vae-tile 100x128 can't be made: both sides have to be multiples of 8\."):
+        one(vae_tile=(100, 128))
 
 
 def test_another_vae_changes_weights_and_code_of_the_vae_alone() -> None:

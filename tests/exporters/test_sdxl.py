@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from buildtool import models
 from exporters import clip, sdxl
 from exporters.base import ExportError, Request
 
@@ -77,6 +78,16 @@ def test_the_vae_is_upcast_where_diffusers_upcasts_it(precision: str, upcast: bo
     request = Request(width=64, height=64, batch=1, precision=precision, device="cpu", target="sm90")
     assert sdxl.component("vae_decoder").precision({"vae": {"force_upcast": upcast}}, request) == computes
     assert sdxl.component("unet").precision({"vae": {"force_upcast": upcast}}, request) == precision
+
+
+def test_a_tile_is_the_decoders_size_alone() -> None:
+    configs = models.resolve("tiny").configs
+    options = {"vae_tile": [128, 64]}
+    request = Request(width=256, height=256, batch=2, precision="fp32", device="cpu", target="cpu", options=options)
+    wanted = {"vae_decoder": (2, 4, 8, 16), "vae_encoder": (2, 3, 256, 256), "unet": (4, 4, 32, 32)}
+    for name, shape in wanted.items():
+        row = sdxl.component(name, options)
+        assert row.inputs(configs, request, row.variants[0], torch.float32)[0].shape == shape
 
 
 def test_cfg_doubles_the_batch() -> None:

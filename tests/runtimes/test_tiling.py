@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 
 import runtimes
 from buildtool import models
-from runtimes import tiling
+from runtimes import images, tiling
 
 
 @pytest.mark.parametrize("length", [32, 33, 40, 56, 57, 64, 100, 128])
@@ -27,6 +29,23 @@ def test_tiles_that_agree_give_the_whole() -> None:
         return part.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
     assert torch.allclose(tiling.decode(enlarged, latents, (8, 8), 2), enlarged(latents), atol=1e-6)
+
+
+def test_a_decoder_may_make_less_than_its_artifact() -> None:
+    """``--vae-tile``: a stand-in decoder of 8x8 latents for an artifact of 16x12."""
+
+    class Decoder:
+        inputs = (SimpleNamespace(name="latents", shape=(1, 4, 8, 8), dtype="float32"),)
+
+        def __call__(self, latents: Tensor) -> tuple[Tensor]:
+            assert latents.shape == (1, 4, 8, 8)
+            return (latents[:, :3].repeat_interleave(8, dim=2).repeat_interleave(8, dim=3),)
+
+    config = SimpleNamespace(latents_mean=None, latents_std=None, scaling_factor=0.5, vae_scale_factor=8)
+    artifact: Any = SimpleNamespace(manifest=SimpleNamespace(pipeline=config), engine=lambda name: Decoder())
+    latents = torch.randn(2, 4, 16, 12)
+    made = images.decode(artifact, latents)
+    assert torch.allclose(made, 2 * latents[:, :3].repeat_interleave(8, dim=2).repeat_interleave(8, dim=3), atol=1e-5)
 
 
 def test_tiles_that_disagree_leave_no_seam() -> None:
