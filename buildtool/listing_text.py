@@ -89,7 +89,8 @@ def render_show(shown: Mapping[str, Any]) -> str:
     for name, component in shown["components"].items():
         lines.append(f"    {name}: {component['loader']}, {component['precision']}, code {component['code_key'][:8]}")
         for variant, described in component["variants"].items():
-            lines.append(f"      {variant}: {described['file']}, {_check(described['check'])}")
+            parts = [part["file"] for part in described.get("segments", ())] or [described["file"]]
+            lines.append(f"      {variant}: {', '.join(parts)}, {_check(described['check'])}")
             lines += [f"        in   {_tensor(tensor)}" for tensor in described["inputs"]]
             lines += [f"        out  {_tensor(tensor)}" for tensor in described["outputs"]]
     lines.append("  files")

@@ -20,8 +20,8 @@ PRESETS: Mapping[str, Preset] = {
     "fastest": Preset(build={"vae": "tiny"}, run={"steps": 30, "guidance_until": 0.75}),
     "quality": Preset(build={"vae": "default"}, run={"steps": 50, "guidance_until": 1.0}),
     "vram8": Preset(run={"memory": "staged"}),
-    "vram6": Preset(build={"segments": 6, "vae": "fp16-fix"}, run={"memory": "sequential"}),
-    "vram4": Preset(build={"segments": 8, "vae": "fp16-fix", "vae_tile": "512x512"}, run={"memory": "sequential"}),
+    "vram6": Preset(build={"segments": 8, "vae": "fp16-fix"}, run={"memory": "sequential"}),
+    "vram4": Preset(build={"segments": 8, "vae": "tiny"}, run={"memory": "sequential"}),
 }
 
 

@@ -75,8 +75,7 @@ def test_a_preset_is_its_options_and_no_ingredient_of_the_key(tmp_path: Path) ->
 
     assert path("--preset", "fastest") == path("--vae", "tiny") != path()
     assert path("--preset", "fastest", "--vae", "default") == path("--preset", "quality") == path()
-    small = ("--resolution", "1024x1024", "--preset", "vram4", "--vae", "default")
-    assert path(*small) == path("--resolution", "1024x1024", "--segments", "8", "--vae-tile", "512x512")
+    assert path("--preset", "vram4") == path("--vae", "tiny", "--segments", "8") != path("--vae", "tiny")
 
 
 def test_a_preset_is_refused_where_an_option_of_it_is_not() -> None:
@@ -86,7 +85,7 @@ def test_a_preset_is_refused_where_an_option_of_it_is_not() -> None:
 
     done = CliRunner().invoke(main, ["onnx", "--model", "tiny", "--gpu", "cpu", "--preset", "vram4", "--dry-run"])
     assert done.exit_code == 2
-    assert "vram4 sets --segments 8 --vae-tile 512x512, which this backend lacks. Try: sdxl-build" in done.output
+    assert "vram4 sets --segments 8, which this backend lacks. Try: sdxl-build torch" in done.output
 
 
 def test_tiles_are_in_the_key_where_pictures_are_larger_and_change_the_decoders_code_alone() -> None:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 import runtimes
+from buildtool import models
 from buildtool.store.manifest import Check, Segment, TensorSpec, Variant
-from runtimes import lora_names, memory, segments
+from runtimes import memory, segments
 from runtimes.base import Engine
 from runtimes.pipeline import Pipeline
 from runtimes.segments import SegmentedEngine, Span, Turns
+from tests import lora_files
 from tests.runtimes.test_parity import difference
 
 CPU = torch.device("cpu")
@@ -160,9 +162,22 @@ def test_segments_draw_what_the_whole_unet_draws(segmented: Path, micro_artifact
     assert unet.variants["cfg"].check.status == "passed"  # all of it against fp32 eager
     given, wanted = ({spec.name: spec for spec in each.variants["cfg"].inputs} for each in (unet, plain))
     assert given == wanted
-    # A LoRA finds every matrix that it finds in the whole.
-    found, there = ({s: size for s, (_, _, size) in lora_names._rows(each).items()} for each in (unet, plain))
-    assert found == there
+
+
+@pytest.mark.slow
+def test_a_lora_goes_into_every_segment(
+    segmented: Path, micro_artifact: Path, micro_model: Path, tmp_path: Path
+) -> None:
+    tensors = {"unet": dict(models.resolve(str(micro_model)).tensors("unet"))}
+    file = lora_files.write(tmp_path / "all.safetensors", lora_files.random_pairs(tensors, seed=1), "kohya")
+    ours, whole = runtimes.load(segmented), runtimes.load(micro_artifact)
+    plain = latents(ours)
+    for pipeline in (ours, whole):
+        pipeline.load_lora_weights(str(file))
+    assert difference(latents(ours), latents(whole)) <= 1e-3
+    assert difference(latents(ours), plain) > 1e-2
+    ours.unload_lora_weights()
+    assert torch.equal(latents(ours), plain)
 
 
 @pytest.mark.slow
