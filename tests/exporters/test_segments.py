@@ -1,5 +1,6 @@
 """A UNet cut into parts: they compute what the whole computes, and share nothing."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from buildtool import models
-from exporters import sdxl, segments
+from exporters import layout, sdxl, segments, weights
 from exporters.base import Request
 from exporters.segment_layers import cut, layers
 
@@ -76,6 +77,29 @@ def test_parts_compute_what_the_whole_computes(options: dict[str, Any], height: 
         known.update(zip(graph.outputs, made, strict=True))
     torch.testing.assert_close(known["noise_pred"], wanted, rtol=1e-5, atol=1e-5)
     assert sorted(used) == sorted(tensors)  # each once
+
+
+@torch.no_grad()
+def test_parts_in_fp8_are_as_near_as_the_whole_in_fp8(micro_model: Path) -> None:
+    source, options = models.resolve(str(micro_model)), {"segments": 3, "fp8": True}
+    asked = dataclasses.replace(request(options), precision="fp8", target="sm90")
+    configs, tensors = source.configs, source.tensors("unet")
+    row = sdxl.component("unet", options)
+    assert row.whole is not None
+    known = sdxl.example_inputs(row.whole, configs, asked, "cfg")
+    exact = {name: tensor.float() for name, tensor in known.items()}
+    (wanted,) = row.whole.reference(configs["unet"], tensors, "cpu")(**exact)
+    for number in (1, 2, 3):
+        graph = row.graph_of(f"cfg.{number}", configs["unet"], "cpu", torch.float16)
+        plan = layout.plan(dict(graph.module.named_parameters()), graph.sources, {}, graph.recipes)
+        for name, parameter in graph.module.named_parameters():
+            stored = plan[name]
+            parameter.copy_(weights.physical(name, stored, tensors).as_strided(stored.shape, stored.stride))
+        specs = row.inputs(configs, asked, f"cfg.{number}", torch.float16)
+        made = graph.module(**{spec.name: known[spec.name] for spec in specs})
+        known.update(zip(graph.outputs, made, strict=True))
+    error = float((known["noise_pred"] - wanted).norm() / wanted.norm())
+    assert 1e-3 < error < 0.02, "fp16 alone would be nearer"
 
 
 def test_a_part_is_given_what_it_reads_and_no_more(micro_model: Path) -> None:
