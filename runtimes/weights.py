@@ -91,7 +91,9 @@ class Weights:
         owners = owned(described)
         spans = []
         for names in owners:
-            places = [header[name]["data_offsets"] for name in names if name in header]
+            places = [header.get(name, {"data_offsets": (0, size)})["data_offsets"] for name in names]
+            if start + max(end for _, end in places) > size:
+                raise SdxlError(f"{path} lacks tensors of a segment.", "Check the artifact: sdxl-build verify")
             spans.append(Span(start + min(begin for begin, _ in places), start + max(end for _, end in places)))
         if digest not in self._turns:
             self._turns[digest] = Turns(self._on_host(path, digest, size).data, spans, self.device)

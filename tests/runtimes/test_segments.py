@@ -1,8 +1,11 @@
 """UNets in segments: each finds its weights in its turn, and pictures are those of the UNet in one piece."""
 
 import dataclasses
+import json
+import struct
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +14,13 @@ from torch import Tensor
 
 import runtimes
 from buildtool import models
-from buildtool.store.manifest import Check, Segment, TensorSpec, Variant
+from buildtool.store.errors import SdxlError
+from buildtool.store.manifest import Check, Segment, StoredTensor, TensorSpec, Variant
 from runtimes import memory, segments
 from runtimes.base import Engine
 from runtimes.pipeline import Pipeline
 from runtimes.segments import SegmentedEngine, Span, Turns
+from runtimes.weights import Weights
 from tests import lora_files
 from tests.runtimes.test_parity import difference
 
@@ -84,6 +89,34 @@ def test_a_segment_that_fails_gives_its_buffer_back() -> None:
     assert recorded.busy == [False, False]
     with ours.turn(2):
         assert ours.buffer(2).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("change", [{"renamed": "segment2.b"}, {"length": 200}])
+def test_weights_that_lack_a_segments_tensors_are_told(change: dict[str, Any], tmp_path: Path) -> None:
+    """A stand-in manifest of two segments with a tensor each, and a file that isn't what it describes."""
+    stored = [StoredTensor(shape=(4,), dtype="float32", stride=(1,), sources=("a",)) for _ in range(2)]
+    check = Check(status="passed", error={}, tolerance=1.0, reason="")
+    names = ("segment1.a", "segment2.a")
+    parts = tuple(Segment(file="x", inputs=(), outputs=(), constants={name: name}) for name in names)
+    form = Variant(file="", inputs=(), outputs=(), constants={}, check=check, segments=parts)
+    tensors = dict(zip(names, stored, strict=True))
+    described = SimpleNamespace(weights="w", tensors=tensors, variants={"cfg": form})
+    manifest: Any = SimpleNamespace(components={"unet": described}, files={"w": SimpleNamespace(sha256="0")})
+
+    def write(renamed: str = "segment2.a", length: int = 512) -> None:
+        entries = {
+            name: {"dtype": "F32", "shape": [64], "data_offsets": [256 * i, 256 * i + 256]}
+            for i, name in enumerate(["segment1.a", renamed])
+        }
+        header = json.dumps(entries).encode()
+        (tmp_path / "w").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * length)
+
+    write()
+    turns, views = Weights(CPU, offload=True, sequential=True).turns(tmp_path, manifest, "unet")
+    assert [span.size for span in turns._spans] == [256, 256] and views.keys() == tensors.keys()
+    write(**change)
+    with pytest.raises(SdxlError, match="lacks tensors of a segment"):
+        Weights(CPU, offload=True, sequential=True).turns(tmp_path, manifest, "unet")
 
 
 class Adder(Engine):
