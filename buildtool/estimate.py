@@ -32,7 +32,7 @@ def estimate(planned: Plan) -> dict[str, Any]:
     width = 4 if planned.key.precision == "fp32" else 2
     parameters = planned.source.parameters
     known = _weights_in(store)
-    fresh = {of for of in COMPONENTS.values() if planned.key.weights[of] not in known}
+    fresh = {of for of in parameters if planned.key.weights[of] not in known}
     largest = max(parameters.values())
     memory = IMPORTS_BYTES * (1 + len(compiles)) + largest * (4 + width)
     disk = sum(parameters[of] * width for of in fresh) + CODE_BYTES * bool(compiles)

@@ -12,6 +12,7 @@ from buildtool.checkpoint import digests
 from buildtool.checkpoint.folder import Loader
 from buildtool.models import Source
 from buildtool.store import lora
+from buildtool.store.errors import SdxlError
 from buildtool.store.key import digest_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ def fuse(source: Source, texts: Sequence[str], progress: digests.Progress | None
         SdxlError: there is no such file, or it is no LoRA.
     """
     loras = [lora.parse(text) for text in texts]
+    for each in loras:
+        if absent := lora.touched(each.path) - source.weights.keys():
+            raise SdxlError(
+                f"The LoRA {each.path} is for a {', '.join(sorted(absent))}, which {source.model} doesn't have.",
+                "Leave it out.",
+            )
     told = [{"sha256": digests.of_file(each.path, progress), "scale": each.scale} for each in loras]
     weights, parts = dict(source.weights), dict(source._parts)
 
@@ -60,7 +67,7 @@ def _products(source: Source, of: Lora) -> dict[str, dict[str, Product]]:
     from buildtool.checkpoint.tensors import module_shapes
 
     sizes = {}
-    for component in lora.COMPONENTS:
+    for component in [name for name in lora.COMPONENTS if name in source.configs]:
         shapes = module_shapes(component, source.configs[component])
         sizes[component] = {n: (s[0], math.prod(s[1:])) for n, s in shapes.items() if len(s) > 1}
     return lora.products(of.path, sizes, source.configs["unet"]["layers_per_block"])

@@ -24,14 +24,22 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny"
 SDXL_BASE = DATA / "sdxl-base"
+REFINER = "refiner"
+"""Folder beside a shipped model's components with its refiner's UNet; all else of the refiner is the model's."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _VAE_IDS = {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"}
 # A full-size random model is fp16, as the published variants are: half the disk and half the time.
-_RANDOM = {"sdxl-base": (SDXL_BASE, "float16"), "tiny": (TINY, "float32")}
+_SHIPPED = {"tiny": TINY, "tiny-refiner": TINY / REFINER}
+_RANDOM = {
+    "sdxl-base": (SDXL_BASE, "float16"),
+    "sdxl-refiner": (SDXL_BASE / REFINER, "float16"),
+    "tiny": (TINY, "float32"),
+    "tiny-refiner": (TINY / REFINER, "float32"),
+}
 # Of the full-size architecture; a test counts them on the modules themselves.
 _SDXL_PARAMETERS = {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480}
-_SDXL_PARAMETERS |= {"text_encoder_2": 694_659_840, "AutoencoderTiny": 2_445_063}
+_SDXL_PARAMETERS |= {"text_encoder_2": 694_659_840, "AutoencoderTiny": 2_445_063, "sdxl-refiner unet": 2_259_526_660}
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,8 @@ def resolve(
     Args:
         model: a hub id, a diffusers folder, a single .safetensors file, ``tiny``, or
             ``random:sdxl-base[:SEED]`` (the tokenizers of which are tiny's: no CLIP vocabulary is shipped, so
-            its prompts mean nothing; it is for measuring) and ``random:tiny[:SEED]``.
+            its prompts mean nothing; it is for measuring) and ``random:tiny[:SEED]``; of each, the refiner:
+            ``tiny-refiner``, ``random:sdxl-refiner[:SEED]``, ``random:tiny-refiner[:SEED]``.
         revision: of a hub model: branch, tag or commit.
         variant: such as ``fp16``, of a hub model or a folder.
         vae: ``default``, ``fp16-fix``, ``tiny``, a hub id or a folder.
@@ -104,7 +113,7 @@ def resolve(
         SdxlError: not there, not SDXL, incomplete or damaged.
     """
     path = Path(model).expanduser()
-    shipped = model == "tiny" or model.startswith("random:")
+    shipped = model in _SHIPPED or model.startswith("random:")
     local = shipped or path.exists()
     if local and revision:
         raise SdxlError(f"--revision is for hub models; {model} is not one.", "Leave it out.")
@@ -116,8 +125,8 @@ def resolve(
     commit = ""
     if model.startswith("random:"):
         found = _random(model)
-    elif model == "tiny":
-        found = folder.read(TINY, "", model, progress)
+    elif model in _SHIPPED:
+        found = folder.read(_SHIPPED[model], "", model, progress, TINY)
     elif path.is_dir():
         found = folder.read(_model_root(path), variant or "", progress=progress)
     elif path.exists():
@@ -142,7 +151,8 @@ def resolve(
 
 
 def _source(found: Parts, name: str, model: str, commit: str, variant: str, vae: str) -> Source:
-    all_configs = {component: found.parts[component].config for component in COMPONENTS}
+    components = [component for component in COMPONENTS if component in found.parts]
+    all_configs = {component: found.parts[component].config for component in components}
     size = all_configs["unet"]["sample_size"] or 128
     height, width = size if isinstance(size, list) else (size, size)
     factor = configs.vae_scale_factor(all_configs["vae"])
@@ -153,8 +163,8 @@ def _source(found: Parts, name: str, model: str, commit: str, variant: str, vae:
         variant=variant,
         vae=vae,
         configs={**all_configs, "scheduler": found.scheduler, "pipeline": found.pipeline},
-        weights={component: found.parts[component].digest for component in COMPONENTS},
-        parameters={component: found.parts[component].parameters for component in COMPONENTS},
+        weights={component: found.parts[component].digest for component in components},
+        parameters={component: found.parts[component].parameters for component in components},
         tokenizers={key: folder.tokenizer_digest(path) for key, path in found.tokenizers.items()},
         tokenizer_folders=dict(found.tokenizers),
         default_size=(width * factor, height * factor),
@@ -165,7 +175,7 @@ def _source(found: Parts, name: str, model: str, commit: str, variant: str, vae:
 def _name(model: str, path: Path) -> str:
     if path.is_file() and not model.startswith("random:"):
         model = path.stem
-    elif path.is_dir() and model != "tiny":
+    elif path.is_dir() and model not in _SHIPPED:
         model = path.resolve().name
     slug = re.sub("[^a-z0-9._-]+", "-", model.replace("/", "--").lower()).strip("-.")
     return slug or "model"
@@ -191,27 +201,34 @@ def _random(model: str) -> Parts:
     seed = int(rest[0]) if rest else 0
     index = configs.read_json(root / "model_index.json")
     parts = {}
-    for component in COMPONENTS:
-        config = configs.read_component(root, component, str(index[component][-1]))
+    for component in folder.components(index):
+        config = configs.read_component(_beside(root, component), component, str(index[component][-1]))
         parts[component] = _random_part(base, component, config, seed, dtype)
-    scheduler = configs.read_component(root, "scheduler", str(index["scheduler"][-1]))
-    return Parts(parts, scheduler, folder.pipeline_config(index), folder.read_tokenizers(TINY, model))
+    scheduler = configs.read_component(_beside(root, "scheduler"), "scheduler", str(index["scheduler"][-1]))
+    tokenizers = {name: TINY / name for name in folder.tokenizers(index)}
+    return Parts(parts, scheduler, folder.pipeline_config(index), folder.read_tokenizers(tokenizers, model))
+
+
+def _beside(root: Path, component: str) -> Path:
+    """The folder that has a component: a shipped model's, or the one that its refiner's lies in."""
+    return folder.place(root, component, root.parent).parent
 
 
 def _random_part(base: str, component: str, config: Config, seed: int, dtype: str) -> Part:
     def load() -> Mapping[str, torch.Tensor]:
         return random_weights.load(component, config, seed, dtype)
 
-    if base == "tiny":
-        parameters = folder.read_part(TINY / component, component, "", config["_class_name"]).parameters
+    if base.startswith("tiny"):
+        place = _beside(_RANDOM[base][0], component) / component
+        parameters = folder.read_part(place, component, "", config["_class_name"]).parameters
     else:
-        small = config["_class_name"] == "AutoencoderTiny"
-        parameters = _SDXL_PARAMETERS["AutoencoderTiny" if small else component]
+        other = "AutoencoderTiny" if config["_class_name"] == "AutoencoderTiny" else f"{base} {component}"
+        parameters = _SDXL_PARAMETERS.get(other) or _SDXL_PARAMETERS[component]
     return Part(config, random_weights.digest(component, config, seed, dtype), parameters, load)
 
 
 def _vae(vae: str, model: str, found: Parts, progress: Progress | None) -> Part:
-    small = model == "tiny" or model.startswith("random:tiny")
+    small = model in _SHIPPED or model.startswith("random:tiny")
     if small and vae == "fp16-fix":
         raise SdxlError("--vae fp16-fix is for SDXL's latents; the tiny model has its own.", "Leave --vae out.")
     if small and vae == "tiny":

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporters import clip, deepcache, fp8, freeu, fusion, segments, vae_attention
+from exporters import clip, deepcache, fp8, freeu, fusion, segments
 from exporters.base import ExportError, Request, TensorSpec
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TENSORS = {**DTYPES, "fp8": torch.float16}
 """What goes in and out: fp8 is for the inside of a component."""
 PROMPT_TOKENS = 77
+AESTHETIC_SCORE = 6
 
 Configs = Mapping[str, Mapping[str, Any]]
 Tensors = Mapping[str, Tensor]
@@ -204,7 +205,8 @@ def _text_inputs(configs: Configs, request: Request, variant: str, dtype: torch.
 def _unet_inputs(configs: Configs, request: Request, variant: str, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
     unet = configs["unet"]
     batch = request.batch * (2 if variant.removesuffix(deepcache.SHALLOW) == "cfg" else 1)
-    pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    ids = 6 if "text_encoder" in configs else 5  # a refiner's: original size, crop and aesthetic score
+    pooled = unet["projection_class_embeddings_input_dim"] - ids * unet["addition_time_embed_dim"]
     latents = _latent_shape(configs, request, batch)
     feature: tuple[TensorSpec, ...] = ()
     if variant.endswith(deepcache.SHALLOW):
@@ -215,7 +217,7 @@ def _unet_inputs(configs: Configs, request: Request, variant: str, dtype: torch.
         spec("timestep", (1,), torch.float32),
         spec("encoder_hidden_states", (batch, PROMPT_TOKENS, unet["cross_attention_dim"]), dtype),
         spec("text_embeds", (batch, pooled), dtype),
-        spec("time_ids", (batch, 6), dtype),
+        spec("time_ids", (batch, ids), dtype),
         *feature,
     )
 
@@ -400,8 +402,6 @@ def _vae_graph(cls: type[nn.Module], unread: tuple[str, ...]) -> Callable[[Mappi
             if hasattr(vae, module):
                 setattr(vae, module, None)
         fill_with_noise(vae, device, dtype)
-        if device.startswith("cuda"):
-            vae_attention.in_parts(vae)
         return Graph(cls(vae).eval(), {f"model.{name}": (name,) for name in vae.state_dict()})
 
     return graph
@@ -510,7 +510,8 @@ def example_inputs(
             inputs[want.name] = torch.full(want.shape, 501.0)
         elif want.name == "time_ids":
             size = [request.height, request.width]
-            inputs[want.name] = torch.tensor([[*size, 0, 0, *size]]).expand(want.shape).to(dtype).contiguous()
+            row = [*size, 0, 0, *(size if want.shape[1] == 6 else [AESTHETIC_SCORE])]
+            inputs[want.name] = torch.tensor([row]).expand(want.shape).to(dtype).contiguous()
         else:
             drawn = torch.randn(want.shape, generator=generator).to(dtype)
             inputs[want.name] = torch.empty_strided(want.shape, want.stride, dtype=dtype).copy_(drawn)

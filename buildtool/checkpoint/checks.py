@@ -18,14 +18,15 @@ _CLASSES = {
 }
 
 
-def check_pipeline(where: str, class_name: str, unet: Config, parts: frozenset[str]) -> None:
-    """Refuses, by name, a diffusers folder that isn't an SDXL base model.
+def check_pipeline(where: str, class_name: str, unet: Config, refiner: bool, scored: bool) -> None:
+    """Refuses, by name, a diffusers folder that is neither an SDXL base model nor a refiner.
 
     Args:
         where: the folder, for messages.
         class_name: the pipeline's class in model_index.json.
         unet: the UNet's config.
-        parts: the components that model_index.json names.
+        refiner: whether model_index.json names the second text encoder alone.
+        scored: whether it says ``requires_aesthetics_score``.
 
     Raises:
         SdxlError: another kind of model, or an SDXL kind that isn't served.
@@ -36,8 +37,12 @@ def check_pipeline(where: str, class_name: str, unet: Config, parts: frozenset[s
         raise SdxlError(
             f"{where} is {f'{kind} ' if kind else ''}({class_name or 'no pipeline class'}), not SDXL.", _WANTED
         )
-    if "text_encoder_2" in parts and "text_encoder" not in parts:
-        raise SdxlError(f"{where} is an SDXL refiner (it has no first text encoder).", "Give the base model.")
+    if refiner and not scored:
+        raise SdxlError(
+            f"{where} has no first text encoder, as a refiner, but its model_index.json doesn't say "
+            "requires_aesthetics_score, which diffusers wants of one.",
+            "A refiner: add it there. Another model: download it again.",
+        )
     if unet:
         check_unet_config(where, unet)
 
@@ -83,20 +88,26 @@ def check_fit(where: str, configs: Mapping[str, Config]) -> None:
         SdxlError: widths that do not add up, such as a text encoder of another model.
     """
     unet, vae = configs["unet"], configs["vae"]
-    first, second = configs["text_encoder"], configs["text_encoder_2"]
-    text = first["hidden_size"] + second["hidden_size"]
-    if unet["cross_attention_dim"] != text:
+    refiner, second = "text_encoder" not in configs, configs["text_encoder_2"]
+    widths = [configs[name]["hidden_size"] for name in ("text_encoder", "text_encoder_2") if name in configs]
+    embedded, sizes = unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]
+    # Original size, crop and target size; a refiner's: original size, crop and aesthetic score.
+    count = 5 if refiner else 6
+    if not refiner and embedded == second["projection_dim"] + 5 * sizes:
+        raise SdxlError(
+            f"{where} has parts that do not fit: its UNet is a refiner's (it reads an aesthetic score), "
+            "and it has a first text encoder, which a refiner has not."
+        )
+    if unet["cross_attention_dim"] != sum(widths):
         raise SdxlError(
             f"{where} has parts that do not fit: the UNet reads text of width {unet['cross_attention_dim']}, "
-            f"the text encoders give {first['hidden_size']} + {second['hidden_size']}."
+            f"{'a refiner has one text encoder, which gives' if refiner else 'the text encoders give'} "
+            f"{' + '.join(map(str, widths))}."
         )
-    embedded, sizes = unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]
-    if embedded == second["projection_dim"] + 5 * sizes:
-        raise SdxlError(f"{where} is an SDXL refiner (it reads an aesthetic score).", "Give the base model.")
-    if embedded != second["projection_dim"] + 6 * sizes:
+    if embedded != second["projection_dim"] + count * sizes:
         raise SdxlError(
             f"{where} has parts that do not fit: the UNet reads {embedded} numbers of pooled text and sizes, "
-            f"it would get {second['projection_dim']} + 6 x {sizes}."
+            f"it would get {second['projection_dim']} + {count} x {sizes}."
         )
     if vae["latent_channels"] != unet["in_channels"]:
         raise SdxlError(

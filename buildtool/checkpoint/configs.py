@@ -9,7 +9,7 @@ from buildtool.store.errors import SdxlError
 Config = dict[str, Any]
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-"""The components that have weights."""
+"""The components that have weights; a refiner lacks the first text encoder."""
 
 CONFIG_FILES = {"scheduler": "scheduler_config.json"}
 """Component -> its config's file name, where it isn't config.json."""

@@ -51,7 +51,9 @@ TOKENIZER_FILES = (
 )
 
 
-def read(root: Path, variant: str, where: str = "", progress: digests.Progress | None = None) -> Parts:
+def read(
+    root: Path, variant: str, where: str = "", progress: digests.Progress | None = None, others: Path | None = None
+) -> Parts:
     """Reads a diffusers folder: its configs, and the names and shapes of its tensors.
 
     Args:
@@ -59,28 +61,50 @@ def read(root: Path, variant: str, where: str = "", progress: digests.Progress |
         variant: such as ``fp16``; "" for the plain files.
         where: what to call it in messages; the folder by default.
         progress: see `digests.Progress`.
+        others: the folder that has what model_index.json names and ``root`` has not.
 
     Raises:
         SdxlError: not SDXL, something missing, damaged, or not fitting.
     """
     where = where or str(root)
     index = check_kind(root, where)
-    named = _named(index)
-    for name in (*COMPONENTS, *TOKENIZERS, "scheduler"):
-        if name not in named or not (root / name).is_dir():
+    named, wanted = _named(index), components(index)
+    for name in (*wanted, *tokenizers(index), "scheduler"):
+        if name not in named or not place(root, name, others).is_dir():
             what = "its model_index.json names none" if name not in named else f"{root / name} is not there"
             raise SdxlError(f"{where} lacks its {name}: {what}.", "Download the whole model again.")
     _check_variant(where, root, variant)
     parts = {}
-    for name in COMPONENTS:
-        parts[name] = read_part(root / name, name, variant, str(named[name][-1]), progress)
+    for name in wanted:
+        parts[name] = read_part(place(root, name, others), name, variant, str(named[name][-1]), progress)
     checks.check_fit(where, {name: part.config for name, part in parts.items()})
     return Parts(
         parts,
-        configs.read_component(root, "scheduler", str(named["scheduler"][-1])),
+        configs.read_component(place(root, "scheduler", others).parent, "scheduler", str(named["scheduler"][-1])),
         pipeline_config(index),
-        read_tokenizers(root, where),
+        read_tokenizers({name: place(root, name, others) for name in tokenizers(index)}, where),
     )
+
+
+def place(root: Path, name: str, others: Path | None) -> Path:
+    """The folder of a component or tokenizer."""
+    return others / name if others is not None and not (root / name).is_dir() else root / name
+
+
+def components(index: Config) -> tuple[str, ...]:
+    """The components with weights that a model of this model_index.json has."""
+    return tuple(name for name in COMPONENTS if name != "text_encoder" or not is_refiner(index))
+
+
+def tokenizers(index: Config) -> tuple[str, ...]:
+    """Its tokenizers."""
+    return TOKENIZERS[1:] if is_refiner(index) else TOKENIZERS
+
+
+def is_refiner(index: Config) -> bool:
+    """Whether model_index.json has a refiner's layout: the second text encoder alone."""
+    named = _named(index)
+    return "text_encoder_2" in named and "text_encoder" not in named
 
 
 def check_kind(root: Path, where: str) -> Config:
@@ -90,7 +114,8 @@ def check_kind(root: Path, where: str) -> Config:
     unet: Config = {}
     if "unet" in named and (root / "unet").is_dir():
         unet = configs.read_component(root, "unet", "UNet2DConditionModel")
-    checks.check_pipeline(where, str(index.get("_class_name", "")), unet, frozenset(named))
+    scored = bool(index.get("requires_aesthetics_score", False))
+    checks.check_pipeline(where, str(index.get("_class_name", "")), unet, is_refiner(index), scored)
     return index
 
 
@@ -160,19 +185,18 @@ def merged(weights: WeightFiles) -> Shapes:
     return shapes
 
 
-def read_tokenizers(root: Path, where: str) -> dict[str, Path]:
-    """The two tokenizers' folders.
+def read_tokenizers(folders: Mapping[str, Path], where: str) -> dict[str, Path]:
+    """The tokenizers' folders, by name, as they are given.
 
     Raises:
         SdxlError: one has neither tokenizer.json nor vocab.json and merges.txt.
     """
-    folders = {name: root / name for name in TOKENIZERS}
     for name, folder in folders.items():
         if not has_tokenizer(folder):
             raise SdxlError(
                 f"{where} lacks its {name}: {folder} has neither vocab.json and merges.txt nor tokenizer.json."
             )
-    return folders
+    return dict(folders)
 
 
 def has_tokenizer(folder: Path) -> bool:

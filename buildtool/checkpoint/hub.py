@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from buildtool.checkpoint import folder
+from buildtool.checkpoint import configs, folder
 from buildtool.checkpoint.configs import COMPONENTS, CONFIG_FILES
 from buildtool.checkpoint.files import find_weights, variants
 from buildtool.store.errors import SdxlError
@@ -101,9 +101,10 @@ def _complete(root: Path, variant: str, *, strict: bool) -> bool:
     """
     if not _has_configs(root):
         return not folder.is_sdxl(root)  # to be told that it isn't, its index is enough
-    if variant and not any(variant in variants(root / name) for name in COMPONENTS):
+    wanted = folder.components(configs.read_json(root / "model_index.json"))
+    if variant and not any(variant in variants(root / name) for name in wanted):
         return False
-    for name in COMPONENTS:
+    for name in wanted:
         try:
             weights = find_weights(root / name, variant)
         except SdxlError:
@@ -116,8 +117,10 @@ def _complete(root: Path, variant: str, *, strict: bool) -> bool:
 
 
 def _has_configs(root: Path) -> bool:
-    return all((root / name).exists() for name in _CONFIGS) and all(
-        folder.has_tokenizer(root / name) for name in folder.TOKENIZERS
+    index = configs.read_json(root / "model_index.json")
+    absent = {f"{name}/config.json" for name in COMPONENTS} - {f"{n}/config.json" for n in folder.components(index)}
+    return all((root / name).exists() for name in _CONFIGS if name not in absent) and all(
+        folder.has_tokenizer(root / name) for name in folder.tokenizers(index)
     )
 
 
@@ -131,17 +134,17 @@ def _download(repo: str, revision: str | None, variant: str) -> Path:
             hint = f"For its file: hf download {repo} {single}, then --model FILE." if single else ""
             raise SdxlError(f"{repo} is no diffusers model (no model_index.json).", hint)
         root = _fetch(repo, revision, _SMALL)  # a few MB: what is not SDXL is told before its weights are fetched
-        folder.check_kind(root, repo)
-        return _fetch(repo, revision, (*_SMALL, *choose_weights(repo, names, variant)))
+        wanted = folder.components(folder.check_kind(root, repo))
+        return _fetch(repo, revision, (*_SMALL, *choose_weights(repo, names, variant, wanted)))
 
 
-def choose_weights(repo: str, names: Iterable[str], variant: str) -> list[str]:
+def choose_weights(repo: str, names: Iterable[str], variant: str, components: Sequence[str] = COMPONENTS) -> list[str]:
     """The weights files to download: each component's of the variant if it has them, else its plain ones.
 
     Raises:
         SdxlError: no component has the variant, or one has no safetensors files.
     """
-    there: dict[str, dict[str, list[str]]] = {name: {} for name in COMPONENTS}
+    there: dict[str, dict[str, list[str]]] = {name: {} for name in components}
     for name in sorted(names):
         match = _WEIGHTS.fullmatch(name)
         if match and match["folder"] in there:

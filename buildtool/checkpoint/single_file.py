@@ -67,7 +67,7 @@ def read(path: Path, config_dir: Path | None, progress: digests.Progress | None 
     checks.check_unet_config(where, parts["unet"].config)
     checks.check_fit(where, {name: part.config for name, part in parts.items()})
     scheduler = configs.read_component(config_dir, "scheduler", str((index.get("scheduler") or [""])[-1]))
-    tokenizers = folder.read_tokenizers(config_dir, str(config_dir))
+    tokenizers = folder.read_tokenizers({name: config_dir / name for name in folder.TOKENIZERS}, str(config_dir))
     return Parts(parts, _scheduler(scheduler, header), folder.pipeline_config(index), tokenizers)
 
 
@@ -94,7 +94,7 @@ def _check_kind(path: Path, header: Header) -> None:
         width = text[1] if len(text) == 2 else 0
         kind = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}.get(width, "Stable Diffusion 1.x or 2.x")
     elif any(name.startswith("conditioner.embedders.0.model.") for name in shapes):
-        kind = "an SDXL refiner"
+        kind, hint = "an SDXL refiner", "Give it as a diffusers folder or by its hub id."
     elif any(name.startswith("edm_") for name in shapes):
         kind = "an SDXL variant of EDM's noise scheme (Playground v2.5, CosXL)"
     elif "scaled_fp8" in shapes:

@@ -32,6 +32,15 @@ def file(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Any]) -> P
     return lora_files.write(tmp_path_factory.mktemp("lora") / "a.safetensors", pairs, "original", layers=2)
 
 
+def test_a_lora_of_what_a_refiner_lacks_is_refused(file: Path, tensors: dict[str, Any], tmp_path: Path) -> None:
+    texts = lora_files.random_pairs({"text_encoder": tensors["text_encoder"]}, 1, ("q_proj",))
+    other = lora_files.write(tmp_path / "b.safetensors", texts, "peft")
+    with pytest.raises(SdxlError, match="is for a text_encoder, which tiny-refiner doesn't have"):
+        lora.fuse(models.resolve("tiny-refiner"), [str(other)])
+    with pytest.raises(SdxlError, match="no low-rank product for a tensor of this model"):  # of the base model's UNet
+        lora.check(models.resolve("tiny-refiner"), [str(file)])
+
+
 def test_weights_change_and_code_does_not(file: Path) -> None:
     plain, fused = one(), one(f"{file}:0.8")
     assert differences(plain.key, fused.key).keys() == {"options.lora", "weights.unet"}

@@ -98,6 +98,22 @@ def test_random_sdxl_is_full_size_and_known_without_being_made() -> None:
     assert small.tensors("vae")["decoder.layers.0.weight"].dtype == torch.float16
 
 
+@pytest.mark.parametrize("base", ["tiny", "random:tiny", "random:sdxl-base"])
+def test_a_shipped_models_refiner_has_all_but_its_unet_of_it(base: str) -> None:
+    whole, refiner = models.resolve(base), models.resolve(base.replace("sdxl-base", "sdxl") + "-refiner")
+    assert refiner.name == base.replace(":", "-").replace("sdxl-base", "sdxl") + "-refiner"
+    assert refiner.default_size == whole.default_size
+    assert refiner.weights.keys() == {"unet", "vae", "text_encoder_2"}
+    assert refiner.weights["unet"] != whole.weights["unet"]
+    for name in ("vae", "text_encoder_2"):
+        assert (refiner.weights[name], refiner.configs[name]) == (whole.weights[name], whole.configs[name])
+    assert refiner.configs["scheduler"] == whole.configs["scheduler"]
+    assert refiner.configs["pipeline"] == {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
+    assert refiner.tokenizers == {"tokenizer_2": whole.tokenizers["tokenizer_2"]}
+    assert models.resolve("tiny-refiner", vae="tiny").configs["vae"]["_class_name"] == "AutoencoderTiny"
+    assert refiner.tensors("unet")["conv_in.weight"].shape[0] == refiner.configs["unet"]["block_out_channels"][0]
+
+
 @pytest.mark.parametrize("model", ["random:", "random:sdxl", "random:tiny:x", "random:tiny:1:2", "random:tiny:-1"])
 def test_unknown_random_models(model: str) -> None:
     assert "Try random:sdxl-base" in error_of(model)
@@ -113,9 +129,11 @@ def test_parameters_are_counted_as_the_modules_have_them() -> None:
 
     from buildtool.checkpoint import tensors
 
-    for model in ("tiny", "random:tiny", "random:sdxl-base"):
+    shipped = ("tiny", "random:tiny", "random:sdxl-base", "tiny-refiner", "random:tiny-refiner", "random:sdxl-refiner")
+    for model in shipped:
         for vae in ("default", "tiny"):
             source = models.resolve(model, vae=vae)
-            for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            assert ("text_encoder" in source.parameters) == ("refiner" not in model)
+            for component in source.parameters:
                 shapes = tensors.module_shapes(component, source.configs[component])
                 assert source.parameters[component] == sum(map(math.prod, shapes.values())), (model, vae, component)

@@ -99,6 +99,7 @@ def test_cfg_doubles_the_batch() -> None:
             "cross_attention_dim": 2048,
         },
         "vae": {"block_out_channels": [1, 2, 3, 4]},
+        "text_encoder": {},
     }
     request = Request(width=1024, height=768, batch=3, precision="fp16", device="cpu", target="sm90")
     row = sdxl.component("unet")
@@ -111,3 +112,18 @@ def test_cfg_doubles_the_batch() -> None:
             "text_embeds": (batch, 1280),
             "time_ids": (batch, 6),
         }
+
+
+@pytest.mark.parametrize(("model", "embedded"), [("base", 2816), ("refiner", 2560)])
+def test_a_refiner_reads_a_score_in_place_of_the_target_size(model: str, embedded: int) -> None:
+    unet = {"in_channels": 4, "addition_time_embed_dim": 256, "cross_attention_dim": 2048}
+    configs: dict[str, dict[str, Any]] = {
+        "unet": {**unet, "projection_class_embeddings_input_dim": embedded},
+        "vae": {"block_out_channels": [1, 2, 3, 4]},
+        **({"text_encoder": {}} if model == "base" else {}),
+    }
+    request = Request(width=1024, height=768, batch=2, precision="fp16", device="cpu", target="sm90")
+    made = sdxl.example_inputs(sdxl.component("unet"), configs, request, "nocfg")
+    assert made["text_embeds"].shape == (2, 1280)
+    wanted = [768, 1024, 0, 0, 768, 1024] if model == "base" else [768, 1024, 0, 0, 6]
+    assert made["time_ids"].tolist() == [wanted, wanted]

@@ -113,6 +113,21 @@ def small_model(_small_model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def small_refiner(small_model: Path, edit: Callable[..., None]) -> Path:
+    """The model's folder as that of a refiner: the second text encoder alone, and a UNet of its own."""
+    for name in ("text_encoder", "tokenizer"):
+        shutil.rmtree(small_model / name)
+        edit(small_model / "model_index.json", **{name: [None, None]})
+    edit(small_model / "model_index.json", requires_aesthetics_score=True, force_zeros_for_empty_prompt=False)
+    edit(small_model / "unet/config.json", cross_attention_dim=40, projection_class_embeddings_input_dim=32 + 5 * 8)
+    config = configs.clean(json.loads((small_model / "unet/config.json").read_text()))
+    for suffix, dtype in (("", "float32"), (".fp16", "float16")):
+        unet = dict(random_weights.load("unet", config, 2, dtype))
+        save_file(unet, small_model / f"unet/diffusion_pytorch_model{suffix}.safetensors")
+    return small_model
+
+
+@pytest.fixture
 def edit() -> Callable[..., None]:
     """``edit(file, key=value)`` changes a JSON file's keys."""
 

@@ -129,6 +129,15 @@ def test_downloads_what_is_needed_and_no_more(online: StandInHub) -> None:
     assert online.fetched == []
 
 
+def test_a_refiner_is_downloaded_without_what_it_lacks(online: StandInHub, small_refiner: Path) -> None:
+    assert online.root == small_refiner
+    source = models.resolve(REPO, variant="fp16")
+    assert sorted(file.partition("/")[0] for file in online.fetched) == ["text_encoder_2", "unet", "vae"]
+    online.fetched.clear()
+    online.error = errors.OfflineModeIsEnabled("offline")
+    assert models.resolve(REPO, variant="fp16").weights == source.weights and online.fetched == []
+
+
 def test_completes_a_partial_download(online: StandInHub) -> None:
     put_in_cache(REPO, online.root, ("*.json", "[s-v]*/*.json", "*/*.txt", "vae/*", "text_encoder/*"))
     assert models.resolve(REPO).revision == COMMIT

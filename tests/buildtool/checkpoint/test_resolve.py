@@ -42,6 +42,35 @@ def test_a_folder(small_model: Path, tensors: dict[str, Tensors]) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_refiner(small_refiner: Path, tensors: dict[str, Tensors]) -> None:
+    source = models.resolve(str(small_refiner))
+    assert set(source.weights) == set(source.parameters) == {"unet", "vae", "text_encoder_2"}
+    assert source.tokenizers.keys() == source.tokenizer_folders.keys() == {"tokenizer_2"}
+    assert source.configs["pipeline"] == {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
+    assert "text_encoder" not in source.configs
+    assert source.tensors("text_encoder_2").keys() == tensors["text_encoder_2"].keys()
+    assert source.tensors("unet")["add_embedding.linear_1.weight"].shape == (64, 72)
+
+
+def test_a_refiner_that_does_not_fit(small_refiner: Path, edit: Edit, tensors: dict[str, Tensors]) -> None:
+    index, unet = small_refiner / "model_index.json", small_refiner / "unet"
+    edit(index, requires_aesthetics_score=False)
+    assert "doesn't say requires_aesthetics_score" in error_of(str(small_refiner))
+    edit(index, requires_aesthetics_score=True)
+    save_file(tensors["unet"], unet / "diffusion_pytorch_model.safetensors")  # the base model's
+    edit(unet / "config.json", cross_attention_dim=64, projection_class_embeddings_input_dim=32 + 6 * 8)
+    assert "a refiner has one text encoder, which gives 40" in error_of(str(small_refiner))
+
+
+def test_a_refiners_unet_in_a_base_model(small_model: Path, edit: Edit) -> None:
+    config = small_model / "unet/config.json"
+    edit(config, projection_class_embeddings_input_dim=32 + 5 * 8)
+    unet = load_file(small_model / UNET)
+    unet["add_embedding.linear_1.weight"] = torch.zeros(64, 72)
+    save_file(unet, small_model / UNET)
+    assert "its UNet is a refiner's" in error_of(str(small_model))
+
+
 def test_tensors_load_strictly_into_the_libraries_modules(small_model: Path) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
