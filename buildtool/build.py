@@ -186,6 +186,7 @@ class _Build:
         Every builder locks in the table's order, so none waits for one that waits for it.
         """
         jobs = []
+        configs = self.planned.compiled_configs
         # A compiler's process sees one GPU, whichever it is here.
         request = dataclasses.replace(self.request, device="cuda:0") if self.on_gpu else self.request
         for name, row in self.table.items():
@@ -197,7 +198,7 @@ class _Build:
             if self.store.code(digest) and not self.planned.spec.force:
                 continue
             for variant in row.variants:
-                jobs.append(compiler.Job(self.planned.spec.backend, name, variant, self.source.configs, request))
+                jobs.append(compiler.Job(self.planned.spec.backend, name, variant, configs, request))
         return jobs
 
     def _with_weights(

@@ -85,7 +85,8 @@ def _build_options(command: Command) -> Command:
             show_default=True,
             metavar="ID|DIR|FILE",
             help='Hub id, diffusers folder, single .safetensors file, "tiny" (the small model that ships with '
-            'sdxl-build) or "random:sdxl-base" (full-size, random weights, for measuring).',
+            'sdxl-build) or "random:sdxl-base" (full-size, random weights, for measuring); their refiners: '
+            '"tiny-refiner", "random:sdxl-refiner".',
         ),
         click.option(
             "--preset",
@@ -163,6 +164,13 @@ _encoder_option = click.option(
 _lora_option = click.option(
     "--lora", multiple=True, metavar="FILE[:SCALE]", help="A LoRA to add to the weights; repeatable."
 )
+_spare_option = click.option(
+    "--spare-tokens",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Rows of the word tables for textual inversions (sdxl-run --embedding): one for each of their vectors.",
+)
 _freeu_option = click.option(
     "--freeu", metavar="S1,S2,B1,B2", help="FreeU inside the UNet, with the values of diffusers' enable_freeu."
 )
@@ -178,6 +186,7 @@ _deepcache_option = click.option(
 @_build_options
 @_encoder_option
 @_lora_option
+@_spare_option
 @_freeu_option
 @_deepcache_option
 @click.option(

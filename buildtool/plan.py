@@ -54,6 +54,8 @@ class Spec:
     """Parts that the UNet is compiled in; None for one piece."""
     lora: tuple[str, ...] = ()
     """``FILE[:SCALE]`` each, added to the weights in this order."""
+    spare_tokens: int = 0
+    """Rows of the text encoders' word tables for textual inversions that come at run time."""
     artifacts: Path = Path("artifacts")
     force: bool = False
     flavor: str = "auto"
@@ -87,6 +89,12 @@ class Plan:
     code_keys: dict[str, CodeKey]
 
     @property
+    def compiled_configs(self) -> dict[str, Any]:
+        """The components' configs as code is compiled for them: the text encoders' word tables with the spare rows."""
+        found, spare = self.source.configs, self.spec.spare_tokens
+        return {n: {**c, "vocab_size": c["vocab_size"] + spare} if n in UNSIZED else c for n, c in found.items()}
+
+    @property
     def command(self) -> tuple[str, ...]:
         """The command that builds exactly this artifact."""
         spec = self.spec
@@ -105,6 +113,7 @@ class Plan:
         words += ["--segments", str(spec.segments)] if spec.segments is not None else []
         for text in spec.lora:
             words += ["--lora", text]
+        words += ["--spare-tokens", str(spec.spare_tokens)] if spec.spare_tokens else []
         for option, value in (("--provider", spec.provider), ("--dynamic", spec.dynamic)):
             words += [option, value] if value else []
         words += ["--compiler", self.key.options["compiler"]] if "compiler" in self.key.options else []
@@ -269,6 +278,8 @@ def _plan(
         options["vae_tile"] = list(tile)
     if loras:
         options["lora"] = loras
+    if spec.spare_tokens:
+        options["spare_tokens"] = spec.spare_tokens
     gpu_name = target.gpu_name if row.tunes else "any"
     key = ArtifactKey(
         key_version=KEY_VERSION,
@@ -293,6 +304,8 @@ def _plan(
     upcast = half == "fp16" and source.configs["vae"].get("force_upcast", False)
     codes = {}
     for component, of in (COMPONENTS | (ENCODER if spec.with_encoder else {})).items():
+        if of not in source.configs:  # a refiner has one text encoder
+            continue
         config = {n: v for n, v in source.configs[of].items() if of != "vae" or n not in NOT_COMPILED}
         sized = component not in UNSIZED
         own = tile if component == "vae_decoder" else (width, height)
@@ -309,6 +322,7 @@ def _plan(
             precision="fp32" if of == "vae" and upcast else precision if component == "unet" else half,
             options=_code_options(row, options, source.weights[of], of == "vae" and upcast)
             | (_unet_code_options(options) if component == "unet" else {})
+            | ({"spare_tokens": spec.spare_tokens} if component in UNSIZED and spec.spare_tokens else {})
             | ({"dynamic": options["dynamic"]} if sized and "dynamic" in options else {}),
             toolchain=toolchain,
         )

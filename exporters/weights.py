@@ -17,6 +17,8 @@ from torch import Tensor
 from exporters import fp8
 from exporters.base import ExportError, StoredTensor
 
+SPARED = "token_embedding.weight"
+"""A table that may have more rows than the checkpoint's, for words that come later."""
 ALIGNMENT = 256
 PAGE = 4096
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
@@ -88,8 +90,8 @@ def physical(name: str, stored: StoredTensor, source: Mapping[str, Tensor]) -> T
     if len(stored.shape) == 1:
         logical = logical.flatten()
     missing = stored.shape[0] - logical.shape[0]
-    if len(stored.shape) == 1 and missing > 0:
-        logical = torch.cat([logical, logical.new_zeros(missing)])
+    if missing > 0 and (len(stored.shape) == 1 or name.endswith(SPARED)):
+        logical = torch.cat([logical, logical.new_zeros(missing, *logical.shape[1:])])
     if tuple(logical.shape) != stored.shape:
         raise ExportError(
             f"The checkpoint's {stored.sources[0]} has shape {tuple(logical.shape)}; "

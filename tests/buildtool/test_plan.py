@@ -62,6 +62,34 @@ def test_an_encoder_is_in_the_key_and_leaves_all_other_code_as_it_is() -> None:
     assert "--with-encoder" in other.command
 
 
+def test_spare_tokens_are_in_the_text_encoders_code_alone() -> None:
+    plain, other = one(), one(spare_tokens=4)
+    assert differences(plain.key, other.key) == {"options.spare_tokens": (None, 4)}
+    changed = {name for name, key in plain.code_keys.items() if other.code_keys[name] != key}
+    assert changed == {"text_encoder", "text_encoder_2"}
+    assert differences(other.code_keys["text_encoder"], one(spare_tokens=5).code_keys["text_encoder"])
+    assert "--spare-tokens" not in plain.command and plain.compiled_configs == plain.source.configs
+    grown = {name: config["vocab_size"] for name, config in other.compiled_configs.items() if "vocab_size" in config}
+    assert grown == {"text_encoder": 1028, "text_encoder_2": 1028}
+    assert other.command[other.command.index("--spare-tokens") + 1] == "4"
+
+
+def test_a_refiner_shares_all_code_but_the_unets() -> None:
+    base, refiner = one(), one(model="tiny-refiner")
+    assert refiner.code_keys.keys() == {"text_encoder_2", "unet", "vae_decoder"}
+    same = {name for name, key in refiner.code_keys.items() if key == base.code_keys[name]}
+    assert same == {"text_encoder_2", "vae_decoder"}
+    assert refiner.key.tokenizers.keys() == {"tokenizer_2"} and refiner.key.weights["unet"] != base.key.weights["unet"]
+
+
+def test_what_a_refiner_would_take_is_told(tmp_path: Path) -> None:
+    from buildtool import estimate
+
+    told = [estimate.estimate(one(model=model, artifacts=tmp_path)) for model in ("tiny", "tiny-refiner")]
+    assert told[1]["compiles"] == ["text_encoder_2", "unet", "vae_decoder"]
+    assert 0 < told[1]["disk_bytes"] < told[0]["disk_bytes"]
+
+
 def test_a_preset_is_its_options_and_no_ingredient_of_the_key(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
@@ -130,7 +158,7 @@ def test_several_resolutions_are_several_plans() -> None:
 
 
 def test_the_command_builds_the_same_key() -> None:
-    planned = one(resolutions=((320, 192),), batch=2, vae="tiny")
+    planned = one(resolutions=((320, 192),), batch=2, vae="tiny", spare_tokens=3)
     from buildtool.cli import torch_command
 
     words = list(planned.command[2:])

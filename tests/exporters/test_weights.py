@@ -61,3 +61,12 @@ def test_small_parameters_become_slices_of_longer_ones() -> None:
     }
     assert {p.numel() for n, p in module.named_parameters() if n in renamed} == {layout.PADDED}
     assert torch.equal(module(torch.ones(1, 3)), before)
+
+
+def test_only_the_word_table_may_have_more_rows_than_the_checkpoint(tmp_path: Path) -> None:
+    source = {"a": torch.arange(6.0).view(3, 2)}
+    stored = StoredTensor(shape=(5, 2), dtype="float32", stride=(2, 1), sources=("a",))
+    made = weights.physical("text_model.embeddings.token_embedding.weight", stored, source).view(5, 2)
+    assert torch.equal(made, torch.cat([source["a"], torch.zeros(2, 2)]))
+    with pytest.raises(ExportError, match=r"has shape \(3, 2\); the compiled code reads \(5, 2\)"):
+        weights.physical("text_model.embeddings.position_embedding.weight", stored, source)
