@@ -19,11 +19,14 @@ from buildtool.store.manifest import Manifest
 
 RUN = (sys.executable, "-m", "runtimes.cli")
 PEER = (sys.executable, "-m", "buildtool.bench.peer")
+FLAGS = ("refiner",)
+"""Options of ``sdxl-run`` that are no fields of its JSON lines, because what they name is loaded once."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """An artifact and the fields that every line of its prompts file gets (``steps``, ``guidance_until``, …).
+    """An artifact and the fields that every line of its prompts file gets (``steps``, ``guidance_until``, …), and
+    ``FLAGS``.
 
     With ``peer``, one of ``peer.PEERS``, that one draws with the model that the artifact was built from.
     """
@@ -45,7 +48,9 @@ class Case:
             words += ["freeu " + ",".join(str(key.options["freeu"][name]) for name in ("s1", "s2", "b1", "b2"))]
         if "deepcache" in key.options and not self.peer:
             words += ["deepcache {interval}:{branch}".format(**key.options["deepcache"])]
-        words += [f"{name.replace('_', '-')}={value}" for name, value in self.options.items()]
+        for name, value in self.options.items():  # a refiner by its model, the folder above its target's
+            told = Path(str(value)).resolve().parts[-3:][0] if name == "refiner" else value
+            words += [f"{name.replace('_', '-')}={told}"]
         return ", ".join(words)
 
 
@@ -143,7 +148,10 @@ def measure(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: P
     load = spans["load" if case.peer else "open artifact"][0][1]
     build = sum(s for stage, s in case.manifest.build_seconds.items() if stage.endswith(": compile"))
     steps = report["images"][-1]["steps"]
-    loops = spans["denoise"][1:]
+    if "unet_steps" in report:  # of which a run's refiner, or its strength, may make other numbers
+        steps = sum(report["unet_steps"].values()) / len(calls)
+    each = len(spans["denoise"]) // len(calls)  # with a refiner, two loops a call
+    loops = spans["denoise"][each:]
     return Result(
         case=case,
         build=None if case.peer else build or None,
@@ -151,7 +159,7 @@ def measure(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: P
         extra=max(calls[0][-1] - load - mean(seconds) * len(calls[0]), 0.0),
         first=saved[0],
         seconds=seconds,
-        steps_per_second=steps * len(loops) / sum(end - start for start, end in loops),
+        steps_per_second=steps * len(loops) / each / sum(end - start for start, end in loops),
         peak_memory_bytes=report["peak_memory_bytes"],
         pictures=[_picture(case, folder, number) for number in range(len(prompts))],
     )
@@ -163,8 +171,9 @@ def _picture(case: Case, folder: Path, number: int) -> Path:
 
 def _write(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: Path) -> Path:
     """The prompts file: in front a batch of the first prompt, to warm up."""
+    fields = {name: value for name, value in case.options.items() if name not in FLAGS}
     lines = [
-        {"prompt": text, "seed": seed, **case.options, "out": str(_picture(case, folder, number))}
+        {"prompt": text, "seed": seed, **fields, "out": str(_picture(case, folder, number))}
         for number, (text, seed) in enumerate(prompts)
     ]
     file = folder / f"case{case.number}.jsonl"
@@ -173,7 +182,9 @@ def _write(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: Pa
 
 
 def _sdxl_run(case: Case, words: Sequence[str], prompts: Path) -> dict[str, Any]:
-    return _run(case, [*RUN, "--engine", str(case.folder), "--prompts", str(prompts), "--json", "--quiet", *words])
+    flags = [word for name in FLAGS if name in case.options for word in (f"--{name}", str(case.options[name]))]
+    asked = ["--engine", str(case.folder), *flags, "--prompts", str(prompts), "--json", "--quiet", *words]
+    return _run(case, [*RUN, *asked])
 
 
 def _peer(case: Case, prompts: Path) -> dict[str, Any]:

@@ -13,7 +13,15 @@ from buildtool.store.manifest import Check, Component, FileEntry, Manifest, Pipe
 
 
 def stand_in_manifest(
-    width=64, height=64, batch=1, model="tiny", scheduler=None, code=b"code", encoder=False, options=None
+    width=64,
+    height=64,
+    batch=1,
+    model="tiny",
+    scheduler=None,
+    code=b"code",
+    encoder=False,
+    options=None,
+    refiner=False,
 ) -> Manifest:
     key = ArtifactKey(
         key_version=KEY_VERSION,
@@ -22,7 +30,7 @@ def stand_in_manifest(
         revision="",
         variant="",
         weights={"unet": "0" * 64},
-        configs={"scheduler": scheduler or {}},
+        configs={"scheduler": scheduler or {}, **({"text_encoder_2": {}} if refiner else {})},
         tokenizers={},
         target="cpu-avx2",
         gpu_name="any",

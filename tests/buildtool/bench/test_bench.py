@@ -15,6 +15,7 @@ from buildtool.bench import cases, cli, likeness, peer, report
 from buildtool.store import machine
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
+from tests.runtimes.stand_in import stand_in_manifest
 
 STAND_IN = '''
 """Stands in for sdxl-run: refuses an unknown field, else writes grey pictures on a timeline of its own."""
@@ -115,6 +116,39 @@ def test_what_a_run_refuses_is_told_before_any_work(micro_artifact: Path, tmp_pa
     assert code == 1 and not printed and "unknown field `stepz`" in said
     assert len(said.strip().splitlines()) == 1
     assert not list(out.glob("*.png"))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_refiner_is_an_option_of_the_run_and_its_steps_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = tmp_path / "store" / "my-refiner" / "cpu-avx2" / "64x64"
+    options = cases.parse_options(f"steps=10 refiner={second} refine-at=0.8")
+    case = cases.Case(1, tmp_path, stand_in_manifest(), options)
+    assert case.name.endswith("steps=10, refiner=my-refiner, refine-at=0.8")
+    asked: list[list[str]] = []
+
+    def answer(case: cases.Case, command: list[str]) -> dict[str, Any]:
+        asked.append(list(command))
+        # The base's loop and the refiner's, of a first call that takes longer and of two more.
+        loops = [(0, 9), (9, 10), (11, 11.4), (11.4, 11.5), (12, 12.4), (12.4, 12.5)]
+        spans = [("open artifact", (0, 0)), *(("denoise", loop) for loop in loops)]
+        spans += [("save", (end, end)) for end in (10, 11.5, 12.5)]
+        timeline = [{"name": name, "start": start, "end": end} for name, (start, end) in spans]
+        images = [{"steps": 10}] * 3
+        return {
+            "timeline": timeline,
+            "images": images,
+            "unet_steps": {"full": 30, "shallow": 0},
+            "peak_memory_bytes": {},
+        }
+
+    monkeypatch.setattr(cases, "_run", answer)
+    result = cases.measure(case, [("a", 1)], 2, tmp_path)
+    assert result.steps_per_second == pytest.approx(10 / 0.5)
+    assert result.seconds == pytest.approx([1.5, 1.0])
+    (words,) = asked
+    assert words[words.index("--refiner") + 1] == str(second)
+    lines = [json.loads(line) for line in (tmp_path / "case1.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(line["refine_at"] == 0.8 and "refiner" not in line for line in lines)
 
 
 def test_a_folder_that_is_no_artifact(tmp_path: Path, capsys: Any) -> None:
