@@ -19,6 +19,7 @@ def load(
     scheduler: Any = None,
     memory: str = "resident",
     uploads: "Uploads | None" = None,
+    beside: "Pipeline | None" = None,
 ) -> "Pipeline":
     """Opens an artifact, or several of one model in different resolutions.
 
@@ -31,12 +32,19 @@ def load(
             take turns on the GPU).
         uploads: from :func:`runtimes.gpu_upload.begin`, where the upload of the weights to a GPU was begun
             before torch was imported.
+        beside: a loaded pipeline of another model, such as a refiner's base: what both have the same of weights and
+            code is in memory once.
 
     Raises:
         SdxlError: no artifact there, or one that can't run here, or not with this memory mode.
     """
-    from runtimes.artifact import open_all
+    from buildtool.store.errors import SdxlError
+    from runtimes.artifact import open_all, open_beside
     from runtimes.pipeline import Pipeline
 
     paths = path if isinstance(path, list) else [path]
-    return Pipeline(open_all(paths, device, uploads, memory), scheduler, memory)
+    if beside is None:
+        return Pipeline(open_all(paths, device, uploads, memory), scheduler, memory)
+    if memory != beside.memory:
+        raise SdxlError(f"memory={memory!r} was asked for beside a pipeline of memory={beside.memory!r}; both are one.")
+    return Pipeline(open_beside(paths, device, memory, beside.artifacts[0]), scheduler, memory, beside)

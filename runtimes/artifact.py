@@ -42,6 +42,8 @@ class Artifact:
         self.device = device
         self._weights = weights
         self._engines = engines
+        self.family = frozenset(entry.sha256 for entry in manifest.files.values())
+        """Digests of the files of all artifacts of its pipeline, which says so."""
         self._origin: Artifact | None = None
         problems = missing_files(folder, manifest)
         if problems:
@@ -94,10 +96,13 @@ class Artifact:
     def free(self, keep: Collection[str]) -> bool:
         """Lets go of all engines and weights but those of the components to keep, for every artifact that shares them.
 
+        Another model's, which may be beside these, are kept where they are made of the same files.
+
         Returns:
             Whether there were any.
         """
-        others = [digests for digests in self._engines if digests[0] not in keep]
+        own = {digests for digests in self._engines if digests[0] in keep and self.family.issuperset(digests[3:])}
+        others = self._engines.keys() - own
         for digests in others:
             del self._engines[digests]
         kept = {digest for digests in self._engines for digest in digests[3:]}
@@ -106,6 +111,10 @@ class Artifact:
     def tensors(self, component: str, weights: Weights | None = None) -> dict[str, Tensor]:
         """A component's stored tensors by name: those that its engines read, or as ``weights`` reads the file."""
         return (weights or self._weights).tensors(self.folder, self.manifest, component)
+
+    def holds(self, component: str) -> bool:
+        """Whether a component's weights are in memory."""
+        return self._weights.holds(self.manifest.files[self.manifest.components[component].weights].sha256)
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the artifact, such as ``scheduler.json``."""
@@ -178,4 +187,25 @@ def open_all(
     if uploads is None and where.type == "cuda":
         uploads = gpu_upload.begin(read, where.index or 0, memory.ahead(mode))
     weights.expect(uploads)
+    return opened
+
+
+def open_beside(
+    paths: list[str | os.PathLike[str]], device: str | torch.device | None, mode: str, other: Artifact
+) -> list[Artifact]:
+    """Opens another model's artifacts, which share with ``other`` what both have the same of weights and engines.
+
+    Args:
+        mode: the one that ``other`` was opened with.
+
+    Raises:
+        SdxlError: as for :func:`open_all`, or they run on another device.
+    """
+    opened = open_all(paths, other.device if device is None else device, other._weights.expected, mode)
+    for artifact in opened:
+        if artifact.device != other.device:
+            raise SdxlError(
+                f"{artifact.folder} would run on {artifact.device}; what it is loaded beside runs on {other.device}."
+            )
+        artifact._weights, artifact._engines = other._weights, other._engines
     return opened

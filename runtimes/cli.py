@@ -57,8 +57,8 @@ def _preset(context: click.Context, option: click.Parameter, name: str | None) -
     "prompts_file",
     metavar="FILE",
     help="One prompt a line, or JSON lines with a prompt and any of negative_prompt, seed, width, height, steps, "
-    'guidance, guidance_until, scheduler, image, strength, lora, num_images, out. "-" reads JSON lines from stdin and '
-    "answers each with one on stdout.",
+    "guidance, guidance_until, scheduler, image, strength, lora, embedding, refine_at, refine_strength, num_images, "
+    'out. "-" reads JSON lines from stdin and answers each with one on stdout.',
 )
 @click.option("--negative-prompt", metavar="TEXT", help="What to keep out of the picture.")
 @click.option(
@@ -106,6 +106,33 @@ def _preset(context: click.Context, option: click.Parameter, name: str | None) -
     help="A LoRA to add to the weights (torch backend); repeatable. Others: sdxl-build --lora.",
 )
 @click.option(
+    "--embedding",
+    multiple=True,
+    metavar="FILE[:TOKEN]",
+    help="A textual inversion, a word that prompts may have then; repeatable. The artifact needs --spare-tokens.",
+)
+@click.option(
+    "--refiner",
+    "refiners",
+    multiple=True,
+    type=click.Path(),
+    metavar="DIR",
+    help="Artifact of a refiner, which goes on from the pictures' latents; repeatable for several resolutions.",
+)
+@click.option(
+    "--refine-at",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="FRACTION",
+    help="With --refiner: where in the steps it takes over, such as 0.8.  [default: after all of them]",
+)
+@click.option(
+    "--refine-strength",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="FRACTION",
+    help="With --refiner and no --refine-at: the part of the steps that it takes on the finished picture.  "
+    "[default: 0.3]",
+)
+@click.option(
     "--num-images", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures of each prompt."
 )
 @click.option("--width", type=click.IntRange(1), metavar="PIXELS", help="Choose among the engines' sizes.")
@@ -125,7 +152,7 @@ def _preset(context: click.Context, option: click.Parameter, name: str | None) -
     metavar="HEX",
     callback=_digests,
     help="Refuse an artifact whose manifest has another digest or whose files have changed, before any of its "
-    "code is loaded. With several --engine, one for each.",
+    "code is loaded. With several --engine or a --refiner, one for each.",
 )
 @click.option(
     "--gpu-index",
@@ -147,6 +174,7 @@ def _preset(context: click.Context, option: click.Parameter, name: str | None) -
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done, and when it was.")
 def command(
     engines: tuple[str, ...],
+    refiners: tuple[str, ...],
     prompts: tuple[str, ...],
     prompts_file: str | None,
     out: str | None,
@@ -182,7 +210,10 @@ def command(
     except (ValueError, SdxlError) as error:
         raise click.UsageError(str(error)) from None
     drawn = options.seed if settings["seed"] is None else None
-    run = Run(_folders(engines), digests, options, places, drawn, gpu_index, memory, quiet=quiet, verbose=verbose)
+    refining = _folders(refiners, "--refiner") if refiners else []
+    run = Run(
+        _folders(engines), refining, digests, options, places, drawn, gpu_index, memory, quiet=quiet, verbose=verbose
+    )
     with _log_to_stderr(verbose):
         try:
             if prompts_file == "-":
@@ -202,6 +233,7 @@ class Run:
     def __init__(
         self,
         folders: Sequence[Path],
+        refiners: Sequence[Path],
         digests: Sequence[str],
         options: Job,
         places: Names,
@@ -216,17 +248,17 @@ class Run:
 
         self._start = time.perf_counter()
         timeline.add("python", 0.0, timeline.now())
-        self._folders = folders
+        self._folders, self._refiners = folders, refiners
         self._drawn = drawn
         self._gpu_index, self._memory = gpu_index, memory
         self._quiet, self._verbose = quiet, verbose
         with timeline.span("manifests"):
-            found = [manifests.read(folder) for folder in folders]
-        self._manifests = found
+            found = [manifests.read(folder) for folder in (*folders, *refiners)]
+        self._artifacts = list(zip((*folders, *refiners), found, strict=True))
         if digests:
-            for folder, manifest in zip(folders, found, strict=True):
+            for folder, manifest in self._artifacts:
                 _expect(folder, manifest, digests)
-        self._planner = Planner(found, options, places, memory)
+        self._planner = Planner(found[: len(folders)], options, places, memory, found[len(folders) :])
         self.saved: list[Any] = []
 
     def show(self, asked: Sequence[Job], as_json: bool) -> None:
@@ -276,19 +308,21 @@ class Run:
 
         start = time.perf_counter()
         device = self._device()
-        artifacts = list(zip(self._folders, self._manifests, strict=True))
         first = memory.ahead(self._memory)
-        uploads = gpu_upload.begin(artifacts, self._gpu_index or 0, first)  # while torch is being imported
+        uploads = gpu_upload.begin(self._artifacts, self._gpu_index or 0, first)  # while torch is being imported
         try:
             with timeline.span("import torch"):
                 import torch  # noqa: F401
             with timeline.span("open artifact"):
                 pipeline = runtimes.load([*self._folders], device=device, memory=self._memory, uploads=uploads)
+                refiner = None
+                if self._refiners:
+                    refiner = runtimes.load([*self._refiners], memory=self._memory, beside=pipeline)
         except BaseException:
             if uploads is not None:
                 uploads.cancel()
             raise
-        session = Session(pipeline, self._bar)
+        session = Session(pipeline, self._bar, refiner)
         session.seconds["load"] = time.perf_counter() - start
         self.saved = session.saved
         if self._drawn is not None and not self._quiet:  # after all that can be refused: an error is one line
@@ -301,10 +335,11 @@ class Run:
         Raises:
             SdxlError: no such GPU, or a driver that is too old for torch.
         """
-        if self._manifests[0].key.target.startswith("cpu"):
+        target = self._artifacts[0][1].key.target
+        if target.startswith("cpu"):
             if self._gpu_index is not None:
                 raise SdxlError(
-                    f"{self._folders[0]} was built for {self._manifests[0].key.target}; it runs on no GPU.",
+                    f"{self._folders[0]} was built for {target}; it runs on no GPU.",
                     "Leave --gpu-index out.",
                 )
             return None
@@ -357,11 +392,11 @@ def _random_seed() -> int:
     return secrets.randbelow(2**32)
 
 
-def _folders(engines: Sequence[str]) -> list[Path]:
+def _folders(engines: Sequence[str], option: str = "--engine") -> list[Path]:
     """``sdxl-build`` prints one path a line, so that "$(sdxl-build …)" of two resolutions holds two."""
     lines = [line for engine in engines for line in engine.splitlines() if line.strip()]
     if not lines or not all(engine.strip() for engine in engines):
-        raise SdxlError("--engine is empty.", "Did the command that should have printed the artifact's path fail?")
+        raise SdxlError(f"{option} is empty.", "Did the command that should have printed the artifact's path fail?")
     return [Path(line) for line in lines]
 
 

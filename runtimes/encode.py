@@ -2,28 +2,48 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from buildtool.store.manifest import Manifest
 from runtimes.artifact import Artifact
+from runtimes.embeddings import Embeddings
+from runtimes.memory import TEXT_ENCODERS
 from runtimes.prompt import Tokenizer
+from runtimes.refiner import is_refiner
 
 log = logging.getLogger("runtimes")
 
 Encoded = tuple[Tensor, Tensor]
-"""Hidden states (77, D) of both encoders side by side, and the pooled embedding (P,)."""
+"""Hidden states (77, D) of all encoders side by side, and the pooled embedding (P,)."""
+
+
+def encoders(manifest: Manifest) -> tuple[str, ...]:
+    """The text encoders of an artifact; a refiner has the second alone."""
+    return tuple(name for name in TEXT_ENCODERS if name in manifest.components)
 
 
 class PromptEncoder:
-    """Both text encoders of an artifact, with their tokenizers. Equal prompts are encoded once a call."""
+    """The text encoders of an artifact, with their tokenizers. Equal prompts are encoded once a call."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
-        self._tokenizers = [Tokenizer(artifact.folder / f"{n}.json") for n in ("tokenizer", "tokenizer_2")]
+    def __init__(self, artifact: Artifact, embeddings: Embeddings) -> None:
+        self._artifact, self._embeddings = artifact, embeddings
+        self._words: tuple[str, ...] = ()
+        self._firsts: dict[str, int] = {}
+        self._encoders = encoders(artifact.manifest)
+        files = [name.replace("text_encoder", "tokenizer") for name in self._encoders]
+        self._tokenizers = [Tokenizer(artifact.folder / f"{name}.json") for name in files]
 
     def __call__(self, prompts: Sequence[tuple[str, str]]) -> Encoded:
-        """Encodes (prompt, prompt_2) pairs: (N, 77, D) and (N, P)."""
+        """Encodes (prompt, prompt_2) pairs: (N, 77, D) and (N, P). A refiner's one encoder reads the first, as in
+        diffusers."""
+        if self._words != self._embeddings.words:
+            self._words = self._embeddings.words
+            pairs = zip(self._encoders, self._tokenizers, strict=True)
+            self._firsts = {name: tokenizer.learn(self._words) for name, tokenizer in pairs}
+        self._embeddings.write(self._artifact, self._firsts)
         known: dict[tuple[str, str], Encoded] = {}
         for pair in prompts:
             if pair not in known:
@@ -32,19 +52,55 @@ class PromptEncoder:
 
     def _encode(self, pair: tuple[str, str]) -> Encoded:
         ids = []
-        for tokenizer, text in zip(self._tokenizers, pair, strict=True):
+        for tokenizer, text in zip(self._tokenizers, pair, strict=False):
             tokens, cut = tokenizer.encode([text])
             ids.append(tokens.to(self._artifact.device))
             if cut[0] and not (ids[1:] and pair[0] == pair[1]):
                 limit = self._artifact.manifest.pipeline.max_prompt_tokens
                 log.warning("The prompt is cut at %d tokens; left out: %r", limit, cut[0])
-        (first,) = self._artifact.engine("text_encoder")(input_ids=ids[0])
-        second, pooled = self._artifact.engine("text_encoder_2")(input_ids=ids[1])
-        return torch.cat([first, second], dim=-1)[0], pooled[0].clone()
+        made = [self._artifact.engine(name)(input_ids=each) for name, each in zip(self._encoders, ids, strict=True)]
+        return torch.cat([hidden for hidden, *_ in made], dim=-1)[0], made[-1][1][0].clone()
 
 
-def time_ids(
-    original_size: tuple[int, int], crops_coords_top_left: tuple[int, int], target_size: tuple[int, int]
-) -> Tensor:
-    """SDXL's micro-conditioning (1, 6): sizes are (height, width) in pixels, as diffusers has them."""
-    return torch.tensor([[*original_size, *crops_coords_top_left, *target_size]], dtype=torch.float32)
+Pair = tuple[int, int]
+"""(height, width) or (top, left) in pixels, as diffusers has them."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A call's arguments about sizes; None as in diffusers."""
+
+    original: Pair | None
+    crop: Pair
+    target: Pair | None
+    negative_original: Pair | None
+    negative_crop: Pair
+    negative_target: Pair | None
+    score: float
+    negative_score: float
+
+
+def time_ids(sizes: Sizes, manifest: Manifest, own: Pair, image_to_image: bool) -> tuple[Tensor, Tensor]:
+    """SDXL's micro-conditioning (1, 6) and that of the negative prompt: original size, crop, target size; a refiner's
+    (1, 5): original size, crop, aesthetic score.
+
+    Args:
+        own: the picture's size.
+        image_to_image: whether a picture is the start, for which diffusers has other rules.
+    """
+    s, original, target = sizes, sizes.original or own, sizes.target or own
+    if is_refiner(manifest):
+        return (
+            _row(*original, *s.crop, s.score),
+            _row(*(s.negative_original or original), *s.negative_crop, s.negative_score),
+        )
+    positive = _row(*original, *s.crop, *target)
+    if image_to_image:  # takes each by itself, and the crop of the positive ones
+        return positive, _row(*(s.negative_original or original), *s.crop, *(s.negative_target or target))
+    if s.negative_original is not None and s.negative_target is not None:
+        return positive, _row(*s.negative_original, *s.negative_crop, *s.negative_target)
+    return positive, positive
+
+
+def _row(*numbers: float) -> Tensor:
+    return torch.tensor([numbers], dtype=torch.float32)

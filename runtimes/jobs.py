@@ -34,6 +34,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     strength: Annotated[float, Meta(ge=0, le=1)] | None = None
     lora: tuple[str, ...] | None = None
     """``FILE[:SCALE]`` each."""
+    embedding: tuple[str, ...] | None = None
+    """``FILE[:TOKEN]`` each."""
+    refine_at: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    refine_strength: Annotated[float, Meta(gt=0, le=1)] | None = None
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -42,15 +46,18 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             check_text(self.negative_prompt)
         if self.scheduler not in (None, *SCHEDULERS):
             raise ValueError(f"there is no scheduler {self.scheduler!r}; there are {', '.join(SCHEDULERS)}")
-        for name in ("guidance", "guidance_until", "strength"):  # ranges let NaN through
-            if not math.isfinite(getattr(self, name) or 0):
+        for name in ("guidance", "guidance_until", "strength", "refine_at", "refine_strength"):
+            if not math.isfinite(getattr(self, name) or 0):  # ranges let NaN through
                 raise ValueError(f"{name} is not a finite number")
+        if self.refine_at is not None and self.refine_strength is not None:
+            raise ValueError("a refiner either goes on (refine_at) or makes anew (refine_strength): give one of them")
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     """How one picture is made. Sizes are in pixels, ``guidance_until`` is a fraction of the steps,
     ``scheduler`` a name in ``runtimes.schedulers.SCHEDULERS``; ``image`` is the file that the run started from
-    and ``strength`` how much of the steps it took, both None for text to image."""
+    and ``strength`` how much of the steps it took, both None for text to image. ``refiner`` is the model that went on
+    at the fraction ``refine_at`` of the schedule, or that made ``refine_strength`` of the picture anew."""
 
     prompt: str
     negative_prompt: str | None
@@ -65,6 +72,11 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     strength: float | None = None
     lora: tuple[str, ...] = ()
     """``FILE[:SCALE]`` each, in the weights while the picture is made."""
+    embedding: tuple[str, ...] = ()
+    """``FILE:TOKEN`` each, words that the prompts may have."""
+    refiner: str | None = None
+    refine_at: float | None = None
+    refine_strength: float | None = None
 
 
 def check_text(text: str) -> str:

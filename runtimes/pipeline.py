@@ -14,10 +14,12 @@ from torch import Tensor
 from buildtool.store.errors import SdxlError
 from buildtool.store.lora import Lora
 from buildtool.store.manifest import Manifest
-from runtimes import deepcache, encode, image_to_image, images, memory, schedulers, stages, starts, steps
+from runtimes import deepcache, encode, image_to_image, images, memory, refiner, schedulers, stages, starts, steps
 from runtimes.artifact import Artifact
 from runtimes.base import Clock, Size
 from runtimes.denoiser import Conditioning, Denoiser
+from runtimes.embedding_files import Embedding
+from runtimes.embeddings import Embeddings
 from runtimes.lora import Loras
 from runtimes.noise import randn
 from runtimes.sizes import build_command, described, find
@@ -42,11 +44,13 @@ class Pipeline:
         scheduler: a name in ``runtimes.schedulers.SCHEDULERS``, or any diffusers scheduler; the one that the
             artifact's ``scheduler.json`` names where None is given.
         memory: one of ``runtimes.memory.MODES``; the artifacts were opened with the same.
+        beside: a pipeline whose weights and engines the artifacts share.
     """
 
     artifacts: Sequence[Artifact]
     scheduler: Any = None
     memory: str = "resident"
+    beside: "Pipeline | None" = field(default=None, repr=False)
     _named: dict[str, Any] = field(default_factory=dict, repr=False)
     _parts: dict[Size, tuple[encode.PromptEncoder, Denoiser]] = field(default_factory=dict, repr=False)
 
@@ -58,7 +62,19 @@ class Pipeline:
         self._clock = Clock(self.device)
         stages.announce(self.memory)
         self._steps: dict[str, int] = {}
-        self._loras = Loras(self.artifacts)
+        self._loras, self._embeddings = Loras(self.artifacts), Embeddings(self.artifacts)
+        family = frozenset[str]().union(*(artifact.family for artifact in self.artifacts))
+        for artifact in self.artifacts:
+            artifact.family = family
+        self._others: list[Pipeline] = []
+        if self.beside is not None:
+            self._others = [self.beside, *self.beside._others]
+            own = [artifact.manifest for artifact in self.artifacts]
+            for other in self._others:
+                theirs = [artifact.manifest for artifact in other.artifacts]
+                refiner.check_loras(other._loras.active or (), theirs, own)
+            for other in self._others:
+                other._others.append(self)
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +137,8 @@ class Pipeline:
         image: Any = None,
         strength: float = 0.3,
         denoising_start: float | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
         guidance_until: float = 1.0,
         scheduler: Any = None,
         progress: Callable[[int, int], None] | None = None,
@@ -130,6 +148,7 @@ class Pipeline:
 
         ``image``, ``strength`` and ``denoising_start`` are those of ``StableDiffusionXLImg2ImgPipeline``: ``image`` is
         a PIL image, a list of them, a tensor (N, 3, H, W) in 0…1, or latents (N, C, h, w), which need no encoder.
+        So are ``aesthetic_score`` and ``negative_aesthetic_score``, which a refiner reads in place of the target size.
 
         Args beyond diffusers':
             guidance_until: fraction of the steps that are guided: ``int(n * f) + 1`` of the n that run
@@ -138,7 +157,8 @@ class Pipeline:
             progress: called with (steps done, steps in all).
 
         Raises:
-            SdxlError: a size that no artifact makes, or an argument that a compiled graph can't serve.
+            SdxlError: a size that no artifact makes, an argument that a compiled graph can't serve, or a refiner with
+                no ``image``.
             ValueError, TypeError: arguments that contradict each other, as in diffusers.
         """
         _refuse(refused, callback_on_step_end_tensor_inputs)
@@ -153,6 +173,7 @@ class Pipeline:
         cached = deepcache.interval(artifact.manifest) > 1
         if guidance_scale > 1:
             deepcache.check(artifact.manifest, guidance_until)
+        refiner.require_start(artifact.manifest, image)
         encodes = image is not None and latents is None and not image_to_image.are_latents(artifact, image)
         if encodes:
             starts.require_encoder(artifact.manifest)
@@ -161,7 +182,7 @@ class Pipeline:
         guides = guidance_scale > 1
         self._clock.start()
         # Engines are loaded just before they are needed: on a GPU the UNet's weights arrive while prompts are encoded.
-        self._load(artifact, {(name, "main"): prompt is not None for name in memory.TEXT_ENCODERS})
+        self._load(artifact, {(name, "main"): prompt is not None for name in encode.encoders(artifact.manifest)})
         self._clock.stop("load")
 
         # 1. Conditions, one row an image: every prompt times num_images_per_prompt.
@@ -175,18 +196,17 @@ class Pipeline:
         )
         count = positive[0].shape[0] * num_images_per_prompt
         embeds, pooled = (each.repeat_interleave(num_images_per_prompt, dim=0) for each in positive)
-        sizes = encode.time_ids(original_size or (height, width), crops_coords_top_left, target_size or (height, width))
-        negative_sizes = sizes
-        if negative_original_size is not None and negative_target_size is not None:
-            negative_sizes = encode.time_ids(
-                negative_original_size, negative_crops_coords_top_left, negative_target_size
-            )
-        elif image is not None:  # image to image takes each by itself, and the crop of the positive ones
-            negative_sizes = encode.time_ids(
-                negative_original_size or original_size or (height, width),
-                crops_coords_top_left,
-                negative_target_size or target_size or (height, width),
-            )
+        asked = encode.Sizes(
+            original_size,
+            crops_coords_top_left,
+            target_size,
+            negative_original_size,
+            negative_crops_coords_top_left,
+            negative_target_size,
+            aesthetic_score,
+            negative_aesthetic_score,
+        )
+        sizes, negative_sizes = encode.time_ids(asked, artifact.manifest, (height, width), image is not None)
         without, pooled_without = (each.repeat_interleave(num_images_per_prompt, dim=0) for each in negative)
         conditioning = Conditioning(
             embeds, pooled, sizes.repeat(count, 1), without, pooled_without, negative_sizes.repeat(count, 1)
@@ -268,7 +288,12 @@ class Pipeline:
         """
         if loras:
             memory.refuse_loras(self.memory)
+            self._check_loras(loras)
         self._loras.use(loras)
+
+    def _check_loras(self, loras: Sequence[Lora]) -> None:
+        others = [artifact.manifest for other in self._others for artifact in other.artifacts]
+        refiner.check_loras(loras, [artifact.manifest for artifact in self.artifacts], others)
 
     def load_lora_weights(self, path: str | os.PathLike[str], scale: float = 1.0) -> None:
         """Adds a LoRA to those that are in the weights (diffusers' ``load_lora_weights`` and ``fuse_lora``).
@@ -285,6 +310,30 @@ class Pipeline:
     def unload_lora_weights(self) -> None:
         """Takes every LoRA out of the weights: they are the artifact's again, bit by bit."""
         self.set_loras(())
+
+    def set_embeddings(self, embeddings: Sequence[Embedding]) -> None:
+        """Makes exactly these textual inversions known to later calls' prompts; none gives back the original bits.
+
+        Raises:
+            SdxlError: a file is no textual inversion of this model, or the artifact has no spare rows for it.
+        """
+        self._embeddings.use(embeddings)
+
+    def load_textual_inversion(self, path: str | os.PathLike[str], token: str | None = None) -> None:
+        """Adds a word to those that prompts may have (diffusers' ``load_textual_inversion``, for both text encoders).
+
+        Args:
+            path: a safetensors file with ``clip_l`` and ``clip_g``.
+            token: the word; the file's name without its ending where None is given.
+
+        Raises:
+            SdxlError: as for :meth:`set_embeddings`.
+        """
+        self.set_embeddings([*self._embeddings.active, Embedding(Path(path), token or Path(path).stem)])
+
+    def unload_textual_inversion(self) -> None:
+        """Takes every such word out again."""
+        self.set_embeddings(())
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, output_type: images.OutputType = "pil") -> Any:
@@ -332,7 +381,7 @@ class Pipeline:
         artifact = self._artifact(height, width)
         encoder, _ = self._parts_of(artifact)
         self._clock.start()
-        self._load(artifact, {(name, "main"): True for name in memory.TEXT_ENCODERS})
+        self._load(artifact, {(name, "main"): True for name in encode.encoders(artifact.manifest)})
         self._clock.stop("load")
         zeros = artifact.manifest.pipeline.force_zeros_for_empty_prompt
         texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2)
@@ -400,7 +449,7 @@ class Pipeline:
 
     def _parts_of(self, artifact: Artifact) -> tuple[encode.PromptEncoder, Denoiser]:
         if artifact.size not in self._parts:
-            self._parts[artifact.size] = (encode.PromptEncoder(artifact), Denoiser(artifact))
+            self._parts[artifact.size] = (encode.PromptEncoder(artifact, self._embeddings), Denoiser(artifact))
         return self._parts[artifact.size]
 
     @cached_property

@@ -15,14 +15,27 @@ from runtimes.jobs import Parameters
 CHUNK = "sdxl-build"
 
 
-def encode(image: Image.Image, parameters: Parameters, manifest: Manifest) -> bytes:
+def encode(image: Image.Image, parameters: Parameters, manifest: Manifest, refiner: Manifest | None = None) -> bytes:
     """A PNG with two text chunks.
 
     ``parameters`` is the text of AUTOMATIC1111's web UI; ``sdxl-build`` is JSON with the
-    parameters, the artifact's key and the digest of its manifest.
+    parameters, the artifact's key and the digest of its manifest; those of the refiner's, if it had a part.
     """
+    info = PngInfo()
+    info.add_text("parameters", web_ui_text(parameters, manifest))
+    own = {**msgspec.to_builtins(parameters), "artifact": _artifact(manifest)}
+    if refiner is not None:
+        own["refiner_artifact"] = _artifact(refiner)
+    info.add_text(CHUNK, json.dumps(own))
+    data = io.BytesIO()
+    # At 1024x1024, level 4 takes a quarter of the time of the default 6, for files of the same size.
+    image.save(data, format="PNG", pnginfo=info, compress_level=4)
+    return data.getvalue()
+
+
+def _artifact(manifest: Manifest) -> dict[str, Any]:
     key = manifest.key
-    artifact = {
+    return {
         "key": manifest.key_digest,
         "manifest": manifest.digest,
         "backend": key.backend,
@@ -33,14 +46,6 @@ def encode(image: Image.Image, parameters: Parameters, manifest: Manifest) -> by
         "precision": key.precision,
         "vae": key.vae,
     }
-    info = PngInfo()
-    info.add_text("parameters", web_ui_text(parameters, manifest))
-    own = {**msgspec.to_builtins(parameters), "artifact": artifact}
-    info.add_text(CHUNK, json.dumps(own))
-    data = io.BytesIO()
-    # At 1024x1024, level 4 takes a quarter of the time of the default 6, for files of the same size.
-    image.save(data, format="PNG", pnginfo=info, compress_level=4)
-    return data.getvalue()
 
 
 def web_ui_text(parameters: Parameters, manifest: Manifest) -> str:
@@ -57,6 +62,9 @@ def web_ui_text(parameters: Parameters, manifest: Manifest) -> str:
         "Model": manifest.key.model,
         "Guidance until": f"{p.guidance_until:g}" if p.guidance_until < 1 else None,
         "Denoising strength": None if p.strength is None else f"{p.strength:g}",
+        "Refiner": p.refiner,
+        "Refiner switch at": None if p.refine_at is None else f"{p.refine_at:g}",
+        "Refiner strength": None if p.refine_strength is None else f"{p.refine_strength:g}",
         "Artifact": manifest.key_digest[:12],
     }
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)

@@ -13,7 +13,7 @@ import msgspec
 from buildtool.store import lora
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
-from runtimes import deepcache, memory, names, schedulers, sizes, timeline
+from runtimes import deepcache, memory, names, refiner, schedulers, sizes, timeline
 from runtimes.jobs import Job, Parameters
 
 Size = tuple[int, int]
@@ -45,13 +45,19 @@ class Planner:
         options: the command line's settings; ``seed`` is the run's.
         names: where pictures go.
         mode: one of ``runtimes.memory.MODES``.
+        refiners: of the refiner's artifacts.
     """
 
     def __init__(
-        self, manifests: Sequence[Manifest], options: Job, names: names.Names, mode: str = memory.RESIDENT
+        self,
+        manifests: Sequence[Manifest],
+        options: Job,
+        names: names.Names,
+        mode: str = memory.RESIDENT,
+        refiners: Sequence[Manifest] = (),
     ) -> None:
-        memory.check(mode, manifests)
-        self._mode = mode
+        memory.check(mode, [*manifests, *refiners])
+        self._mode, self._refiners = mode, refiners
         self._manifests = manifests
         self._options = options
         self._names = names
@@ -89,6 +95,9 @@ class Planner:
         else:
             width, height = self._size(job.width, job.height)
         image = first("image")
+        strength = None if image is None else first("strength")
+        embedding = self._embedding(first("embedding") or (), (width, height))
+        refined = self._refined(job, self._manifest(width, height), (width, height), strength)
         for i in range(first("num_images")):
             parameters = Parameters(
                 prompt=job.prompt,
@@ -101,16 +110,21 @@ class Planner:
                 guidance_until=first("guidance_until"),
                 scheduler=first("scheduler") or schedulers.name_of(self._manifests[0].key.configs.get("scheduler", {})),
                 image=image,
-                strength=None if image is None else first("strength"),
+                strength=strength,
                 lora=first("lora") or (),
+                embedding=embedding,
+                **refined,
             )
             if parameters.lora:
                 memory.refuse_loras(self._mode)
                 from runtimes import lora_names
 
-                lora_names.check([lora.parse(text) for text in parameters.lora], self._manifest(width, height))
+                loras = [lora.parse(text) for text in parameters.lora]
+                lora_names.check(loras, self._manifest(width, height))
+                refiner.check_loras(loras, self._manifests, self._refiners)
             if parameters.guidance > 1:
                 deepcache.check(self._manifest(width, height), parameters.guidance_until)
+            refiner.require_start(self._manifest(width, height), parameters.image)
             if parameters.image is not None:
                 from runtimes import starts
 
@@ -119,6 +133,48 @@ class Planner:
             path = self._names.path(job.out, fields)
             yield Picture(index=self._count, path=path, parameters=parameters)
             self._count += 1
+
+    def _embedding(self, texts: Sequence[str], size: Size) -> tuple[str, ...]:
+        """Textual inversions in one spelling. The refiner reads the same prompt, so it has to know them too."""
+        if not texts:
+            return ()
+        from runtimes import embedding_files
+
+        found = [embedding_files.parse(text) for text in texts]
+        manifests = [self._manifest(*size)]
+        if self._refiners:
+            manifests.append(refiner.find(self._refiners, manifests[0], size))
+        for manifest in manifests:
+            embedding_files.check(found, manifest)
+        return tuple(str(each) for each in found)
+
+    def _refined(self, job: Job, base: Manifest, size: Size, start: float | None) -> dict[str, Any]:
+        """What of a picture's parameters says how it is refined.
+
+        Raises:
+            SdxlError: there is no refiner for it.
+        """
+        at, strength = job.refine_at, job.refine_strength
+        if at is None and strength is None:
+            at, strength = self._options.refine_at, self._options.refine_strength
+        if not self._refiners:
+            if at is None and strength is None:
+                return {}
+            raise SdxlError(
+                f"--refine-{'strength' if at is None else 'at'} says what a refiner does, and there is none.",
+                "Give its artifact: --refiner DIR",
+            )
+        found = refiner.find(self._refiners, base, size)
+        refiner.check_start(at, start)
+        guides = (job.guidance if job.guidance is not None else self._options.guidance or 0) > 1
+        if guides:
+            until = job.guidance_until if job.guidance_until is not None else self._options.guidance_until
+            deepcache.check(found, 1.0 if until is None else until)
+        if (job.scheduler or self._options.scheduler) is None:
+            schedulers.name_of(found.key.configs.get("scheduler", {}))
+        if at is None and strength is None:
+            strength = refiner.STRENGTH
+        return {"refiner": found.key.model, "refine_at": at, "refine_strength": strength}
 
     def _manifest(self, width: int, height: int) -> Manifest:
         found = sizes.find(self._manifests, (width, height))
@@ -155,15 +211,16 @@ class Session:
     Args:
         pipeline: what ``runtimes.load`` returned.
         bar: a context manager that shows a call's progress, by its title.
+        refiner: the pipeline that pictures with a ``refiner`` go through after that.
     """
 
-    def __init__(self, pipeline: Any, bar: Bar) -> None:
-        self._pipeline = pipeline
+    def __init__(self, pipeline: Any, bar: Bar, refiner: Any = None) -> None:
+        self._pipeline, self._refiner = pipeline, refiner
         self._bar = bar
         self.saved: list[Picture] = []
         self.seconds: dict[str, float] = {}
         self._loras: tuple[str, ...] | None = ()
-        self._steps = 0
+        self._embeddings: tuple[str, ...] | None = ()
         self._unet_steps = {"full": 0, "shallow": 0}
 
     def render(self, pictures: Sequence[Picture]) -> Iterator[Picture]:
@@ -188,17 +245,26 @@ class Session:
 
     def _one_by_one(self, groups: Sequence[Group]) -> Iterator[tuple[Group, list[Any]]]:
         for group in groups:
+            first, second = self._calls(group)
             with self._bar(_title(group)) as progress, self._full_gpu_told():
                 self._set_loras(group[0].parameters.lora)
-                output = self._pipeline(**self._arguments(group), progress=progress)
-                self._account(group[0].parameters.steps)
+                self._set_embeddings(group[0].parameters.embedding)
+                output = self._pipeline(**first, progress=progress)
+                self._account(self._pipeline, True)
+            if second is not None:
+                with self._bar(f"{_title(group)}, refiner") as progress, self._full_gpu_told():
+                    output = self._refiner(**second, image=output.images, progress=progress)
+                    self._account(self._refiner, True)
             yield group, output.images
 
     def _by_stages(self, groups: Sequence[Group]) -> Iterator[tuple[Group, list[Any]]]:
         from runtimes import stages
 
-        calls = [stages.Call(_title(group), self._arguments(group)) for group in groups]
-        run = stages.Stages(self._pipeline, calls, self._bar, self._account)
+        calls = []
+        for group in groups:
+            first, second = self._calls(group)
+            calls.append(stages.Call(_title(group), first, refine=second, embedding=group[0].parameters.embedding))
+        run = stages.Stages(self._pipeline, calls, self._bar, self._account, self._refiner, self._set_embeddings)
         with self._full_gpu_told():
             run.prepare()
         for group, call in zip(groups, calls, strict=True):
@@ -222,6 +288,17 @@ class Session:
 
     def _batch(self, picture: Picture) -> int:
         return self._manifest(picture).key.batch
+
+    def _calls(self, group: Group) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The pipeline's arguments for one call, and the refiner's, where it goes on from that one's latents."""
+        p, arguments = group[0].parameters, self._arguments(group)
+        if p.refiner is None:
+            return arguments, None
+        first, second = refiner.split(arguments, p.refine_at, p.refine_strength)
+        own = self._manifest(group[0]).key.configs.get("scheduler", {})
+        if schedulers.is_built_in(own) and p.scheduler == schedulers.name_of(own):
+            second["scheduler"] = None  # each model has its own
+        return first, second
 
     def _arguments(self, group: Group) -> dict[str, Any]:
         """The pipeline's, for one call."""
@@ -259,14 +336,12 @@ class Session:
             free, total = torch.cuda.mem_get_info(self._pipeline.device)
             raise gpu_upload.out_of_memory("this picture", free, total) from error
 
-    def _account(self, steps: int) -> None:
-        """Adds the times of the pipeline's last call, and its steps if it took any."""
-        for name, value in self._pipeline.timings.items():
+    def _account(self, pipeline: Any, stepped: bool) -> None:
+        """Adds the times of a pipeline's last call, and its steps if it took any."""
+        for name, value in pipeline.timings.items():
             self._add(name, value)
-        if steps:
-            self._steps += steps
-            for kind, count in self._pipeline.unet_steps.items():
-                self._unet_steps[kind] += count
+        for kind, count in pipeline.unet_steps.items() if stepped else ():
+            self._unet_steps[kind] += count
 
     def _set_loras(self, texts: Sequence[str]) -> None:
         """Only pictures with LoRAs, and those after them, cost anything."""
@@ -277,10 +352,24 @@ class Session:
             self._loras = tuple(texts)
             self._add("lora", time.perf_counter() - start)
 
+    def _set_embeddings(self, texts: Sequence[str]) -> None:
+        if tuple(texts) != self._embeddings:
+            from runtimes import embedding_files
+
+            found = [embedding_files.parse(text) for text in texts]
+            self._embeddings = None
+            for pipeline in (self._pipeline, self._refiner):
+                if pipeline is not None:
+                    pipeline.set_embeddings(found)
+            self._embeddings = tuple(texts)
+
     def _save(self, picture: Picture, image: Any) -> None:
         from runtimes import png
 
-        names.write(picture.path, png.encode(image, picture.parameters, self._manifest(picture)))
+        p, refined = picture.parameters, None
+        if p.refiner is not None:
+            refined = self._refiner.manifest(p.width, p.height)
+        names.write(picture.path, png.encode(image, p, self._manifest(picture), refined))
 
     def _add(self, stage: str, seconds: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
@@ -292,7 +381,7 @@ class Session:
         return {
             "images": [picture.as_dict() for picture in self.saved],
             "seconds": {stage: round(value, 4) for stage, value in self.seconds.items()},
-            "steps_per_second": round(self._steps / denoise, 3) if denoise else None,
+            "steps_per_second": round(sum(self._unet_steps.values()) / denoise, 3) if denoise else None,
             "unet_steps": self._unet_steps,
             "peak_memory_bytes": peak_memory(),
         }

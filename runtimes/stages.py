@@ -52,6 +52,10 @@ class Call:
     title: str
     arguments: dict[str, Any]
     latents: Tensor | None = None
+    refine: dict[str, Any] | None = None
+    """The refiner's arguments, but for the latents that it goes on from."""
+    embedding: Sequence[str] = ()
+    """The textual inversions that its prompts may have."""
 
 
 class Stages:
@@ -61,39 +65,59 @@ class Stages:
         pipeline: what ``runtimes.load`` returned.
         calls: with a list of prompts and a list of generators each, and no embeddings.
         bar: shows the progress of a call's steps.
-        after: called after each stage of a call with the steps that it took (0 but for one stage); the pipeline then
-            has that stage's times.
+        after: called after each stage of a call with the pipeline that ran it, which has its times, and whether it
+            took steps.
+        refiner: the pipeline of the calls' ``refine``.
+        teach: makes a call's textual inversions known, before its prompts are encoded.
     """
 
-    def __init__(self, pipeline: Any, calls: Sequence[Call], bar: Bar, after: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        calls: Sequence[Call],
+        bar: Bar,
+        after: Callable[[Any, bool], None],
+        refiner: Any = None,
+        teach: Callable[[Sequence[str]], None] = lambda texts: None,
+    ) -> None:
         self._pipeline, self._bar, self._after = pipeline, bar, after
-        self._calls = calls
+        self._calls, self._refiner, self._teach = calls, refiner, teach
 
     def prepare(self) -> None:
         """Everything up to the latents."""
+        refined = [(call, call.refine) for call in self._calls if call.refine is not None]
         for call in self._calls:
-            self._encode_prompt(call.arguments)
-            self._after(0)
+            self._teach(call.embedding)
+            self._encode_prompt(self._pipeline, call.arguments)
+        for call, arguments in refined:
+            self._teach(call.embedding)
+            self._encode_prompt(self._refiner, arguments)
         for call in self._calls:
             if call.arguments.get("image") is not None:
                 self._encode_image(call.arguments)
-                self._after(0)
         for call in self._calls:
-            with self._bar(call.title) as progress:
-                made = self._pipeline(**call.arguments, output_type="latent", progress=progress)
-            call.latents = made.images
-            self._after(call.arguments["num_inference_steps"])
+            self._denoise(self._pipeline, call, call.arguments)
+        for call, arguments in refined:
+            self._denoise(self._refiner, call, {**arguments, "image": call.latents})
+
+    def _denoise(self, pipeline: Any, call: Call, arguments: dict[str, Any]) -> None:
+        title = call.title if pipeline is self._pipeline else f"{call.title}, refiner"
+        with self._bar(title) as progress:
+            made = pipeline(**{**arguments, "output_type": "latent"}, progress=progress)
+        call.latents = made.images
+        self._after(pipeline, True)
 
     def decode(self, call: Call) -> list[Any]:
         """A call's pictures."""
-        made: list[Any] = self._pipeline.decode(call.latents)
+        pipeline = self._pipeline if call.refine is None else self._refiner
+        made: list[Any] = pipeline.decode(call.latents)
         call.latents = None
-        self._after(0)
+        self._after(pipeline, False)
         return made
 
-    def _encode_prompt(self, arguments: dict[str, Any]) -> None:
+    def _encode_prompt(self, pipeline: Any, arguments: dict[str, Any]) -> None:
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        made = self._pipeline.encode_prompt(
+        made = pipeline.encode_prompt(
             arguments.pop("prompt"),
             negative_prompt=arguments.pop("negative_prompt"),
             do_classifier_free_guidance=arguments["guidance_scale"] > 1,
@@ -101,6 +125,7 @@ class Stages:
             height=arguments["height"],
         )
         arguments.update(zip(names, made, strict=True))
+        self._after(pipeline, False)
 
     def _encode_image(self, arguments: dict[str, Any]) -> None:
         arguments["image"] = self._pipeline.encode_start_image(
@@ -111,3 +136,4 @@ class Stages:
             width=arguments["width"],
             height=arguments["height"],
         )
+        self._after(self._pipeline, False)

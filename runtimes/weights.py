@@ -54,6 +54,15 @@ class Weights:
         """Bytes of weights held, each file counted once."""
         return sum(data.nbytes for data, _ in self._files.values()) + sum(turns.bytes for turns in self._turns.values())
 
+    @property
+    def expected(self) -> Uploads | None:
+        """Files that are on their way; those that come later are loaded when they are asked for."""
+        return self._uploads
+
+    def holds(self, digest: str) -> bool:
+        """Whether a file is on the device."""
+        return digest in self._files
+
     def free(self, keep: Collection[str]) -> bool:
         """Lets go of all files on the device but those of some digests.
 

@@ -80,6 +80,25 @@ def micro_onnx_artifact(sdxl_build: Builder, micro_model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def micro_refiner_model(tmp_path_factory: pytest.TempPathFactory, micro_model: Path) -> Path:
+    """A diffusers folder of a refiner of the micro model."""
+    return micro.write_refiner(tmp_path_factory.mktemp("models") / "micro-refiner", micro_model)
+
+
+@pytest.fixture(scope="session")
+def micro_refiner_artifact(sdxl_build: Builder, micro_refiner_model: Path, micro_artifact: Path) -> Path:
+    """The micro model's refiner at 64x64, batch 1. All but its UNet is the micro model's code and weights."""
+    return sdxl_build(str(micro_refiner_model))["path"]
+
+
+@pytest.fixture(scope="session")
+def micro_spare_artifact(sdxl_build: Builder, micro_model: Path, micro_artifact: Path) -> Path:
+    """The micro model with room for six new words; its text encoders alone are compiled, for half a minute of two
+    cores: tests that want it look whether artifacts are kept between sessions."""
+    return sdxl_build(str(micro_model), "--spare-tokens", "6")["path"]
+
+
+@pytest.fixture(scope="session")
 def standin_onediff(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The Python that OneDiff runs in, named in the environment: this one, with a stand-in OneDiff."""
     with pytest.MonkeyPatch.context() as patch:

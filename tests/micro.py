@@ -68,8 +68,45 @@ def write(folder: Path, seed: int = 0) -> Path:
         add_watermarker=False,
     )
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        for parameter in part.parameters():
-            if parameter.ndim == 1:  # norms and biases start at ones and zeros, which would hide mistakes
-                torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
+        _unsettle(part)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def write_refiner(folder: Path, base: Path, seed: int = 1) -> Path:
+    """A refiner of a micro model: a UNet of its own, the base model's other parts, in the layout of SDXL's refiner."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    whole = StableDiffusionXLPipeline.from_pretrained(base, dtype=torch.float32, add_watermarker=False)
+    changes = {  # one block, attention in the middle alone: it has to be compiled
+        "block_out_channels": (16,),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "transformer_layers_per_block": (1,),
+        "attention_head_dim": (2,),
+        "norm_num_groups": 4,
+        "cross_attention_dim": 24,
+        "projection_class_embeddings_input_dim": 24 + 5 * 8,
+    }
+    pipeline = StableDiffusionXLImg2ImgPipeline(
+        vae=whole.vae,
+        text_encoder=None,
+        text_encoder_2=whole.text_encoder_2,
+        tokenizer=None,
+        tokenizer_2=whole.tokenizer_2,
+        unet=UNet2DConditionModel.from_config({**whole.unet.config, **changes}),
+        scheduler=whole.scheduler,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    _unsettle(pipeline.unet)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _unsettle(part: torch.nn.Module) -> None:
+    for parameter in part.parameters():
+        if parameter.ndim == 1:  # norms and biases start at ones and zeros, which would hide mistakes
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)

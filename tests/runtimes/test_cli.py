@@ -190,6 +190,71 @@ def test_what_cannot_be_started_from_is_one_line(run, loaded, tmp_path, name, en
     assert encoder or "--with-encoder" in err
 
 
+def test_a_refiner_goes_on_from_the_pictures(run, loaded, tmp_path):
+    second = stand_in_artifact(tmp_path / "second", model="second", refiner=True)
+    Path("p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "refine_strength": 0.5}\n')
+    _, out, _ = run("--prompts", "p.jsonl", "--seed", 1, "--refiner", second, "--refine-at", 0.8, "--steps", 5)
+    base, beside = loaded
+    assert [call.get("denoising_end") for call in base.calls] == [0.8, None]
+    assert [call["output_type"] for call in base.calls] == ["latent"] * 2
+    assert [(call.get("denoising_start"), call.get("strength")) for call in beside.calls] == [(0.8, None), (None, 0.5)]
+    for call in beside.calls:
+        assert call["image"] and call["scheduler"] is None and call["steps"] == 5 and "output_type" not in call
+    first, other = (Image.open(name).info for name in out.split())
+    assert "Refiner: second, Refiner switch at: 0.8," in first["parameters"]
+    assert "Refiner: second, Refiner strength: 0.5," in other["parameters"]
+    assert json.loads(first["sdxl-build"])["refiner_artifact"]["model"] == "second"
+    run("--prompt", "a", "--refiner", second, "--scheduler", "euler-a")
+    assert loaded[3].calls[0]["strength"] == 0.3 and loaded[3].calls[0]["scheduler"] == "euler-a"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--refine-at", 0.8], "--refine-at says what a refiner does"),
+        (["--refine-strength", 0.8], "--refine-strength says what a refiner does"),
+        (["--refiner", ""], "--refiner is empty"),
+        (["--refiner", "nowhere"], "nowhere does not exist"),
+        (["--refiner", "wide"], "No --refiner makes 64x64; those given make 96x64"),
+        (["--refiner", "cached", "--guidance-until", 0.5], "can't be had with DeepCache"),
+        (["--refiner", "unipc"], "UniPCMultistepScheduler"),
+        (["--refiner", "same", "--expect-digest", "0" * 64], "expected was"),
+    ],
+)
+def test_what_a_refiner_cannot_do_is_one_line_before_anything_is_loaded(run, loaded, words, said):
+    for name, settings in {
+        "wide": {"width": 96},
+        "cached": {"options": {"deepcache": {"interval": 3, "branch": 0}}},
+        "unipc": {"scheduler": {"_class_name": "UniPCMultistepScheduler"}},
+        "same": {},
+    }.items():
+        stand_in_artifact(Path(name), refiner=True, **settings)
+    code, out, err = run("--prompt", "a", "-q", *words)
+    assert (code, out, loaded) == (1, "", []) and said in one_line(err)
+
+
+def test_a_refiners_digest_is_expected_too(run, loaded, engine):
+    second = stand_in_artifact(Path("second"), model="second", refiner=True)
+    digests = [manifests.read(folder).digest for folder in (engine, second)]
+    words = ["--prompt", "a", "--refiner", second, "--expect-digest", digests[0]]
+    assert run(*words)[0] == 1 and not loaded
+    assert run(*words, "--expect-digest", digests[1])[0] == 0
+
+
+def test_a_refiner_is_no_engine_without_a_picture(run, loaded):
+    second = stand_in_artifact(Path("second"), model="second", refiner=True, encoder=True)
+    code, _, err = run("--prompt", "a", "-q", engines=[second])
+    assert (code, loaded) == (1, []) and "second is a refiner" in one_line(err) and "--refiner DIR" in err
+    Image.new("RGB", (10, 10)).save("start.png")
+    assert run("--prompt", "a", "--image", "start.png", engines=[second])[0] == 0
+    code, _, err = run("--prompt", "a", "-q", "--refiner", second, "--refine-at", 0.8, "--refine-strength", 0.5)
+    assert code == 2 and "give one of them" in err
+    reads = stand_in_artifact(Path("reads"), encoder=True)
+    words = ["--image", "start.png", "--strength", 0.1, "--refiner", second, "--refine-at", 0.8]
+    code, _, err = run("--prompt", "a", "-q", *words, engines=[reads])
+    assert code == 1 and "--strength 0.1" in one_line(err)
+
+
 def test_guidance_that_ends_early_is_refused_with_deepcache_before_anything_is_loaded(run, loaded, tmp_path):
     engine = stand_in_artifact(tmp_path / "other", options={"deepcache": {"interval": 3, "branch": 0}})
     code, out, err = run("--prompt", "a", "-q", "--guidance-until", 0.5, engines=[engine])
@@ -224,6 +289,10 @@ def test_json_is_one_object(run, engine):
         "image": None,
         "strength": None,
         "lora": [],
+        "embedding": [],
+        "refiner": None,
+        "refine_at": None,
+        "refine_strength": None,
     }
     assert list(answer["seconds"]) == ["load", "encode", "denoise", "decode", "save", "total"]
     assert answer["unet_steps"] == {"full": 8, "shallow": 0}

@@ -89,7 +89,8 @@ def test_the_artifact_is_named_by_key_and_digest():
     manifest = stand_in_manifest()
     own = json.loads(written(manifest).info["sdxl-build"])
     artifact = own.pop("artifact")
-    assert own == {**BASE, "image": None, "strength": None, "lora": []}
+    none = dict.fromkeys(("image", "strength", "refiner", "refine_at", "refine_strength"))
+    assert own == {**BASE, **none, "lora": [], "embedding": []}
     assert artifact["key"] == manifest.key_digest and artifact["manifest"] == manifest.digest
     assert (artifact["backend"], artifact["target"], artifact["precision"]) == ("torch", "cpu-avx2", "fp32")
 
