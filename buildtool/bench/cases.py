@@ -19,8 +19,8 @@ from buildtool.store.manifest import Manifest
 
 RUN = (sys.executable, "-m", "runtimes.cli")
 PEER = (sys.executable, "-m", "buildtool.bench.peer")
-FLAGS = ("refiner",)
-"""Options of ``sdxl-run`` that are no fields of its JSON lines, because what they name is loaded once."""
+FLAGS = ("refiner", "memory")
+"""Options of ``sdxl-run`` that are no fields of its JSON lines, because they hold for the whole process."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,11 @@ def measure(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: P
     saved = [end for _, end in spans["save"]]
     # A call of the pipeline makes a batch of pictures; the first call warms up.
     calls = [saved[start : start + batch] for start in range(0, len(saved), batch)]
-    seconds = [(call[-1] - before[-1]) / len(call) for before, call in itertools.pairwise(calls)]
     load = spans["load" if case.peer else "open artifact"][0][1]
+    if case.options.get("memory", "resident") == "resident":
+        seconds = [(call[-1] - before[-1]) / len(call) for before, call in itertools.pairwise(calls)]
+    else:  # the whole file goes from stage to stage together, and no call is one of its own
+        seconds = [(saved[-1] - load) / len(saved)]
     build = sum(s for stage, s in case.manifest.build_seconds.items() if stage.endswith(": compile"))
     steps = report["images"][-1]["steps"]
     if "unet_steps" in report:  # of which a run's refiner, or its strength, may make other numbers

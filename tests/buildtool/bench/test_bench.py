@@ -24,6 +24,8 @@ from pathlib import Path
 from PIL import Image
 words = sys.argv[1:]
 lines = [json.loads(l) for l in Path(words[words.index("--prompts") + 1]).read_text().splitlines()]
+if any("memory" in line for line in lines):
+    sys.exit("Error: line 1: Object contains unknown field `memory`.")
 if any("stepz" in line for line in lines):
     sys.exit("Error: line 1: Object contains unknown field `stepz`.")
 if "--dry-run" in words:
@@ -108,6 +110,19 @@ def test_the_page_needs_nothing_from_elsewhere(micro_artifact: Path, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("stand_in")
+def test_a_memory_mode_is_an_option_of_the_process_and_its_pictures_have_no_calls_of_their_own(
+    micro_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    started = cases._run
+    monkeypatch.setattr(cases, "_run", lambda case, command: asked.append(list(command)) or started(case, command))
+    (case,) = cases.open_cases([micro_artifact], [{"steps": 2, "memory": "staged"}])
+    result = cases.measure(case, [("a", 1), ("b", 2)], 1, tmp_path)
+    assert asked[0][asked[0].index("--memory") + 1] == "staged" and case.name.endswith("memory=staged")
+    assert result.seconds == [pytest.approx((1.0 + 3.0 + 2 * 0.5 - 0.8) / 3)], "all pictures, from the open artifact on"
+
+
 @pytest.mark.usefixtures("stand_in")
 def test_what_a_run_refuses_is_told_before_any_work(micro_artifact: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "bench"
