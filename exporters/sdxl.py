@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporters import clip, deepcache, fp8, freeu, fusion, segments
+from exporters import clip, deepcache, fp8, freeu, fusion, segments, vae_attention
 from exporters.base import ExportError, Request, TensorSpec
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -402,6 +402,8 @@ def _vae_graph(cls: type[nn.Module], unread: tuple[str, ...]) -> Callable[[Mappi
             if hasattr(vae, module):
                 setattr(vae, module, None)
         fill_with_noise(vae, device, dtype)
+        if device.startswith("cuda"):
+            vae_attention.in_parts(vae)
         return Graph(cls(vae).eval(), {f"model.{name}": (name,) for name in vae.state_dict()})
 
     return graph

@@ -71,7 +71,7 @@ class TorchExporter(Exporter):
         renamed = layout.pad_small(graph.module)
         inputs = example_inputs(component, configs, request, variant)
         file = out / f"{stem}.pt2"
-        with _gpu_settings(request):
+        with _gpu_settings(request, component.name):
             program = torch.export.export(graph.module, (), kwargs=inputs, strict=False)
             if request.device != "cpu":
                 inductor.join_channels_last(program.graph)
@@ -91,7 +91,7 @@ class TorchExporter(Exporter):
 
 
 @contextlib.contextmanager
-def _gpu_settings(request: Request) -> Iterator[None]:
+def _gpu_settings(request: Request, component: str) -> Iterator[None]:
     """What torch decides by while it traces and compiles for a GPU: attention's kernels, and TF32."""
     if request.device == "cpu":
         yield
@@ -99,7 +99,9 @@ def _gpu_settings(request: Request) -> Iterator[None]:
     backends = ATTENTION.get(request.target, ATTENTION["others"])
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     matmul.allow_tf32 = cudnn.allow_tf32 = bool(request.options.get("tf32"))
-    with sdpa_kernel(list(backends), set_priority=True), inductor.choices():
+    # The VAE's norms go over millions of elements, in parts of which none should be a row of its own.
+    choices = inductor.choices() if component == "unet" else contextlib.nullcontext()
+    with sdpa_kernel(list(backends), set_priority=True), choices:
         yield
 
 

@@ -70,7 +70,9 @@ class Denoiser:
         batch, device = self._artifact.batch, self._artifact.device
         count = conditioning.prompt_embeds.shape[0]
         self._chunks = [slice(i, min(i + batch, count)) for i in range(0, count, batch)]
-        self._times = timesteps.to(device=device, dtype=torch.float32).reshape(-1, 1)
+        # 16 bytes apart: compiled code copies an input that lies elsewhere, and complains of it on stderr.
+        self._times = torch.zeros(len(timesteps), 4, dtype=torch.float32, device=device)
+        self._times[:, 0] = timesteps
         self._guided, self._scale, self._rescale = guided, guidance_scale, guidance_rescale
         self._conditions, self._features = {}, []
         self.steps = {"full": 0, "shallow": 0}
@@ -99,7 +101,7 @@ class Denoiser:
                 sample[batch : batch + count].copy_(here)
             if shallow:
                 conditions = {**conditions, "feature": self._features[number]}
-            out, *feature = engine(sample=sample, timestep=self._times[i], **conditions)
+            out, *feature = engine(sample=sample, timestep=self._times[i, :1], **conditions)
             if feature:  # the engine's own buffer, which its next call overwrites
                 self._features[number].copy_(feature[0])
             noise[chunk] = self._guide(out[:count], out[batch : batch + count]) if variant == "cfg" else out[:count]
