@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 LARGEST = 1 << 25
 """Scores at a time: 134 MB."""
+MOST_PARTS = 64
+"""Where there would be more, the fused kernel does it: each part is compiled code of its own."""
 
 
 class InParts:
@@ -35,19 +38,25 @@ class InParts:
         tokens = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
-        query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-        length = tokens.shape[1]
-        rows = max(LARGEST // (batch * length), 1)
-        keys = key.float().transpose(1, 2)
-        made = []
-        for part in query.split(rows, dim=1):
-            scores = torch.bmm(part.float(), keys) * query.shape[-1] ** -0.5
-            made.append(torch.bmm(scores.softmax(dim=-1).to(value.dtype), value))
-        out = attn.to_out[0](torch.cat(made, dim=1))
+        out = attn.to_out[0](attention(attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)))
         out = out.transpose(1, 2).reshape(batch, channels, height, width)
         if attn.residual_connection:
             out = out + hidden_states
         return out / attn.rescale_output_factor
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V of one head, all (B, L, D)."""
+    batch, length, width = query.shape
+    rows = max(LARGEST // (batch * length), 1)
+    if -(-length // rows) > MOST_PARTS:
+        return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+    keys = key.float().transpose(1, 2)
+    made = []
+    for part in torch.split(query, rows, dim=1):
+        scores = torch.bmm(part.float(), keys) * width**-0.5
+        made.append(torch.bmm(scores.softmax(dim=-1).to(value.dtype), value))
+    return torch.cat(made, dim=1)
 
 
 def in_parts(vae: nn.Module) -> int:

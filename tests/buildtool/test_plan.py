@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from buildtool import plan
 from buildtool.plan import Plan, Spec
-from buildtool.store import interpreter
+from buildtool.store import interpreter, machine
 from buildtool.store.errors import SdxlError
 from buildtool.store.key import differences
 from tests import standin_interpreter
@@ -183,6 +184,39 @@ def test_the_command_builds_the_same_key() -> None:
 def test_what_cannot_be_built_is_told_at_once(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(SdxlError, match=words):
         one(**changes)
+
+
+@pytest.fixture
+def present(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes a GPU of some target this machine's, with what torch needs for it."""
+    versions = machine.versions
+
+    def put(target: str) -> None:
+        monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu(0, f"a {target}", target, 85 * 10**9, "580.159")])
+        monkeypatch.setattr(machine, "torch_version", lambda: {"torch": "2.11.0+cu130", "cuda": "13.0"})
+        triton = {"triton": "3.6.0"}
+        monkeypatch.setattr(
+            machine, "versions", lambda *names: versions(*names) | (triton if "triton" in names else {})
+        )
+
+    return put
+
+
+def test_fp8_changes_the_unets_code_alone(present: Callable[[str], None]) -> None:
+    present("sm90")
+    half, eight = one(gpu="auto"), one(gpu="auto", precision="fp8")
+    assert half.key.precision == "fp16" and eight.key.precision == "fp8" and eight.key.options["fp8"]
+    assert differences(half.key, eight.key).keys() == {"precision", "options.fp8"}
+    changed = {name for name in half.code_keys if half.code_keys[name] != eight.code_keys[name]}
+    assert changed == {"unet"} and eight.code_keys["unet"].precision == "fp8"
+
+
+def test_fp8_is_refused_where_the_gpu_or_the_backend_has_none(present: Callable[[str], None]) -> None:
+    present("sm86")
+    with pytest.raises(SdxlError, match=r"multiplies in fp8 .*, and sm86 doesn't. Try: fp16"):
+        one(gpu="auto", precision="fp8")
+    with pytest.raises(SdxlError, match=r"onnx backend has no precision fp8. Try: fp32, fp16, bf16"):
+        one(backend="onnx", gpu="auto", precision="fp8")
 
 
 def test_a_vae_in_a_folder_is_named_by_its_folder_whatever_the_path(

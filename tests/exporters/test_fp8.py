@@ -1,5 +1,6 @@
 """The UNet's fp8 blocks, eager on the CPU: bounds that hold, numbers near fp32, every tensor in its place."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -50,9 +51,9 @@ def test_a_weight_times_its_scale_is_the_checkpoints_times_the_steps() -> None:
     assert float((stored * scale[0] - wanted).norm() / wanted.norm()) < 0.04
 
 
-def loaded(tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> torch.nn.Module:
-    """The graph that is compiled for fp8, in fp32 but for its fp8 products, with a checkpoint's weights."""
-    graph = UNET.graph(config, "cpu", torch.float16)
+def loaded(tensors: Mapping[str, Tensor], config: Mapping[str, object], row: sdxl.Component = UNET) -> torch.nn.Module:
+    """The graph that is compiled for fp8, with a checkpoint's weights."""
+    graph = row.graph(config, "cpu", torch.float16)
     plan = layout.plan(dict(graph.module.named_parameters()), graph.sources, {}, graph.recipes)
     for name, parameter in graph.module.named_parameters():
         stored = plan[name]
@@ -86,6 +87,25 @@ def test_every_tensor_of_the_blocks_reaches_the_products(micro_model: Path) -> N
         assert error < max(0.02, 0.2 * moved), name
         mattered += moved > 0.1
     assert mattered >= 12
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{"freeu": {"s1": 0.6, "s2": 0.4, "b1": 1.1, "b2": 1.2}}, {"deepcache": {"interval": 2, "branch": 0}}],
+    ids=["freeu", "deepcache"],
+)
+@torch.no_grad()
+def test_it_goes_with_what_else_changes_a_unet(micro_model: Path, others: dict[str, object]) -> None:
+    source = models.resolve(str(micro_model))
+    config, tensors = source.configs["unet"], source.tensors("unet")
+    asked = dataclasses.replace(REQUEST, options={"fp8": True, **others})
+    row = sdxl.component("unet", asked.options)
+    for variant in row.variants:
+        inputs = sdxl.example_inputs(row, source.configs, asked, variant)
+        exact = {name: tensor.float() for name, tensor in inputs.items()}
+        wanted = row.reference(config, tensors, "cpu")(**exact)
+        for made, want in zip(loaded(tensors, config, row)(**inputs), wanted, strict=True):
+            assert float((made - want).norm() / want.norm()) < 0.03, variant
 
 
 def test_products_outside_of_the_blocks_stay() -> None:

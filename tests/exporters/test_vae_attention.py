@@ -10,7 +10,7 @@ from buildtool import models
 from exporters import sdxl, vae_attention
 
 
-@pytest.mark.parametrize("largest", [1 << 25, 1000, 1])
+@pytest.mark.parametrize("largest", [1 << 25, 1000, 96])
 @torch.no_grad()
 def test_a_decoder_gives_what_diffusers_gives(micro_model: Path, monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
     monkeypatch.setattr(vae_attention, "LARGEST", largest)
@@ -39,3 +39,16 @@ def test_half_precision_is_as_near_as_diffusers_own() -> None:
     own = (half(maps.half()).float() - exact).norm()
     half.processor = vae_attention.InParts()
     assert (half(maps.half()).float() - exact).norm() < 1.2 * own
+
+
+def test_many_parts_are_left_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = torch.randn(3, 2, 65, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    wanted = vae_attention.attention(query, key, value)
+    products: list[int] = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *factors: products.append(1) or bmm(*factors))
+    monkeypatch.setattr(vae_attention, "LARGEST", 2 * 65)  # a row at a time
+    torch.testing.assert_close(vae_attention.attention(query, key, value), wanted)
+    assert not products
+    vae_attention.attention(query[:, :64], key[:, :64], value[:, :64])
+    assert len(products) == 2 * vae_attention.MOST_PARTS

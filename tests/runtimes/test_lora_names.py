@@ -1,11 +1,16 @@
 """Where a LoRA's products go in weights that are stored joined."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 
 from buildtool import models
 from buildtool.checkpoint.tensors import module_shapes
+from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Component, StoredTensor
 from exporters import layout, sdxl
 from runtimes import lora_names
@@ -30,3 +35,15 @@ def test_rows_of_full_size_sdxl() -> None:
     for name, (stored, start, (rows, _)) in found.items():
         before = tensors[stored].sources[: tensors[stored].sources.index(name)]
         assert start == sum(shapes[source][0] for source in before) and start + rows <= tensors[stored].shape[0]
+
+
+def test_weights_that_are_rounded_take_no_lora(tmp_path: Path) -> None:
+    stored = StoredTensor(
+        shape=(4, 4), dtype="float8_e4m3fn", stride=(4, 1), sources=("a", "b"), recipe="product.weight"
+    )
+    unet = Component(
+        loader="torch_package", precision="fp8", code_key="", weights="", tensors={"w": stored}, variants={}
+    )
+    manifest: Any = SimpleNamespace(components={"unet": unet}, command=("sdxl-build", "torch", "--precision", "fp8"))
+    with pytest.raises(SdxlError, match=r"fp8 artifact.*Build it in: sdxl-build torch --precision fp8 --lora FILE"):
+        lora_names.places(tmp_path / "any.safetensors", manifest)
