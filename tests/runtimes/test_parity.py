@@ -146,7 +146,7 @@ def test_second_resolution(micro_artifact: Path, micro_wide_artifact: Path, micr
 
 
 def test_one_generator_draws_for_all(ours: Pipeline, diffusers_pipeline: Any) -> None:
-    # Prompts that the model is decided about: where it isn't ("a", "b") it amplifies rounding, past the bound on an EPYC.
+    # Prompts that the model is decided about: where it isn't ("a", "b") it amplifies rounding, on an EPYC too far.
     call = {"prompt": ["a red circle", "a blue star"], "num_inference_steps": 5, "output_type": "latent"}
     reference = diffusers_pipeline(generator=seeds(9)[0], **call).images
     assert difference(ours(generator=seeds(9)[0], **call).images, reference) <= BOUND
