@@ -28,8 +28,9 @@ demo: setup
 	  --prompt "$(PROMPT)" --steps 20 --seed 7 --out demo.png
 
 # Two workers: most tests wait for a compiler or keep one core busy. A file's tests share what they build.
+# One thread each: four on two cores spend more than half of their time in waiting for each other.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 fast: lint
 	$(BIN)/python -m pytest -m "not slow"
