@@ -302,6 +302,7 @@ def _plan(
     )
     half = "fp16" if precision == "fp8" else precision  # of all but the UNet
     upcast = half == "fp16" and source.configs["vae"].get("force_upcast", False)
+    computes = {"unet": precision, "vae": "fp32" if upcast else half}
     codes = {}
     for component, of in (COMPONENTS | (ENCODER if spec.with_encoder else {})).items():
         if of not in source.configs:  # a refiner has one text encoder
@@ -319,7 +320,7 @@ def _plan(
             width=own[0] if sized else 0,
             height=own[1] if sized else 0,
             batch=spec.batch if sized else 0,
-            precision="fp32" if of == "vae" and upcast else precision if component == "unet" else half,
+            precision=computes.get(of, half),
             options=_code_options(row, options, source.weights[of], of == "vae" and upcast)
             | (_unet_code_options(options) if component == "unet" else {})
             | ({"spare_tokens": spec.spare_tokens} if component in UNSIZED and spec.spare_tokens else {})

@@ -93,9 +93,6 @@ def quantize(unet: nn.Module, joined: Joined) -> Recipes:
         for norm in (first, second, third):
             recipes |= {name: (f"norm.{name.rpartition('.')[2]}", norm) for name in norm}
         qkv = joined.pop(f"{path}.attn1.to_qkv.weight")
-        bias = joined.pop(f"{path}.attn1.to_qkv.bias", None)
-        if bias is not None:
-            joined[f"{path}.attn1.to_qkv.bias"] = bias
         recipes |= _linear(f"{path}.attn1.to_qkv", "product", (*first, *qkv))
         recipes |= _linear(f"{path}.attn2.to_q", "product", (*second, f"{path}.attn2.to_q.weight"))
         proj, out = (f"{path}.ff.net.0.proj", f"{path}.ff.net.2")

@@ -23,17 +23,9 @@ class InParts:
     Scores are in fp32 whatever the maps are (TF32 products, where those are allowed, lose nothing of fp16 factors).
     """
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        if encoder_hidden_states is not None or attention_mask is not None or kwargs:
-            raise NotImplementedError(f"a VAE's attention with a condition, a mask or {sorted(kwargs)}")
+    def __call__(self, attn: Any, hidden_states: Tensor, temb: Tensor | None = None, **others: Any) -> Tensor:
+        if any(other is not None for other in others.values()):  # a condition or a mask
+            raise NotImplementedError(f"a VAE's attention with {sorted(others)}")
         batch, channels, height, width = hidden_states.shape
         tokens = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
-from runtimes.memory import TEXT_ENCODERS
+from runtimes.memory import text_encoders
 
 KEYS = {"text_encoder": ("clip_l", "text_encoders_0"), "text_encoder_2": ("clip_g", "text_encoders_1")}
 """Component -> what its vectors are called: by most tools, and by diffusers' own training scripts."""
@@ -94,7 +94,7 @@ def check(embeddings: Sequence[Embedding], manifest: Manifest) -> None:
     words: list[str] = []
     for embedding in embeddings:
         found = read(embedding)
-        for component in [name for name in TEXT_ENCODERS if name in manifest.key.configs]:
+        for component in text_encoders(manifest):
             width = manifest.key.configs[component]["hidden_size"]
             if found[component].width != width:
                 raise SdxlError(

@@ -9,7 +9,7 @@ from buildtool.store.errors import SdxlError
 from runtimes import embedding_files
 from runtimes.artifact import Artifact
 from runtimes.embedding_files import TABLE, Embedding, names
-from runtimes.memory import TEXT_ENCODERS
+from runtimes.memory import text_encoders
 from runtimes.prompt import Tokenizer
 from runtimes.weights import Weights
 
@@ -84,7 +84,7 @@ class Embeddings:
         """Original bits into the rows that were written, where those weights are still in memory."""
         count = len(self.words)
         for artifact in self._artifacts:
-            for component in tokenizers(artifact):
+            for component in text_encoders(artifact.manifest):
                 first = self._written.pop((component, digest_of(artifact, component)), None)
                 if first is not None and artifact.holds(component):
                     name, rows = table_of(artifact, component), slice(first, first + count)
@@ -95,8 +95,8 @@ class Embeddings:
 
 def tokenizers(artifact: Artifact) -> dict[str, Tokenizer]:
     """An artifact's tokenizers, by the text encoders that read their ids."""
-    there = [name for name in TEXT_ENCODERS if name in artifact.manifest.components]
-    return {name: Tokenizer(artifact.folder / f"{name.replace('text_encoder', 'tokenizer')}.json") for name in there}
+    folder, there = artifact.folder, text_encoders(artifact.manifest)
+    return {name: Tokenizer(folder / f"{name.replace('text_encoder', 'tokenizer')}.json") for name in there}
 
 
 def table_of(artifact: Artifact, component: str) -> str:

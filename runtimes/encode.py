@@ -9,20 +9,13 @@ from torch import Tensor
 
 from buildtool.store.manifest import Manifest
 from runtimes.artifact import Artifact
-from runtimes.embeddings import Embeddings
-from runtimes.memory import TEXT_ENCODERS
-from runtimes.prompt import Tokenizer
+from runtimes.embeddings import Embeddings, tokenizers
 from runtimes.refiner import is_refiner
 
 log = logging.getLogger("runtimes")
 
 Encoded = tuple[Tensor, Tensor]
 """Hidden states (77, D) of all encoders side by side, and the pooled embedding (P,)."""
-
-
-def encoders(manifest: Manifest) -> tuple[str, ...]:
-    """The text encoders of an artifact; a refiner has the second alone."""
-    return tuple(name for name in TEXT_ENCODERS if name in manifest.components)
 
 
 class PromptEncoder:
@@ -32,17 +25,14 @@ class PromptEncoder:
         self._artifact, self._embeddings = artifact, embeddings
         self._words: tuple[str, ...] = ()
         self._firsts: dict[str, int] = {}
-        self._encoders = encoders(artifact.manifest)
-        files = [name.replace("text_encoder", "tokenizer") for name in self._encoders]
-        self._tokenizers = [Tokenizer(artifact.folder / f"{name}.json") for name in files]
+        self._tokenizers = tokenizers(artifact)
 
     def __call__(self, prompts: Sequence[tuple[str, str]]) -> Encoded:
         """Encodes (prompt, prompt_2) pairs: (N, 77, D) and (N, P). A refiner's one encoder reads the first, as in
         diffusers."""
         if self._words != self._embeddings.words:
             self._words = self._embeddings.words
-            pairs = zip(self._encoders, self._tokenizers, strict=True)
-            self._firsts = {name: tokenizer.learn(self._words) for name, tokenizer in pairs}
+            self._firsts = {name: tokenizer.learn(self._words) for name, tokenizer in self._tokenizers.items()}
         self._embeddings.write(self._artifact, self._firsts)
         known: dict[tuple[str, str], Encoded] = {}
         for pair in prompts:
@@ -52,13 +42,13 @@ class PromptEncoder:
 
     def _encode(self, pair: tuple[str, str]) -> Encoded:
         ids = []
-        for tokenizer, text in zip(self._tokenizers, pair, strict=False):
+        for tokenizer, text in zip(self._tokenizers.values(), pair, strict=False):
             tokens, cut = tokenizer.encode([text])
             ids.append(tokens.to(self._artifact.device))
             if cut[0] and not (ids[1:] and pair[0] == pair[1]):
                 limit = self._artifact.manifest.pipeline.max_prompt_tokens
                 log.warning("The prompt is cut at %d tokens; left out: %r", limit, cut[0])
-        made = [self._artifact.engine(name)(input_ids=each) for name, each in zip(self._encoders, ids, strict=True)]
+        made = [self._artifact.engine(name)(input_ids=each) for name, each in zip(self._tokenizers, ids, strict=True)]
         return torch.cat([hidden for hidden, *_ in made], dim=-1)[0], made[-1][1][0].clone()
 
 

@@ -36,6 +36,18 @@ class DriverError(Exception):
         self.call, self.code = call, code
 
 
+def call(library: Any, name: str, *arguments: Any) -> None:
+    """Calls a function of libcuda.
+
+    Raises:
+        DriverError: it failed.
+        AttributeError: the driver is too old to have it.
+    """
+    code = getattr(library, name)(*arguments)
+    if code:
+        raise DriverError(name, code)
+
+
 class Driver:
     """The few calls of libcuda that an upload needs, on one device's primary context (the one torch uses).
 
@@ -57,9 +69,7 @@ class Driver:
         self.enter()
 
     def _call(self, name: str, *arguments: Any) -> None:
-        code = getattr(self._cuda, name)(*arguments)
-        if code:
-            raise DriverError(name, code)
+        call(self._cuda, name, *arguments)
 
     def enter(self) -> None:
         """Makes the context this thread's."""

@@ -20,6 +20,11 @@ OFFLOADING = (MODEL_OFFLOAD, SEQUENTIAL)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
+def text_encoders(manifest: Manifest) -> tuple[str, ...]:
+    """The text encoders of an artifact; a refiner has the second alone."""
+    return tuple(name for name in TEXT_ENCODERS if name in manifest.key.configs)
+
+
 def check(mode: str, manifests: Iterable[Manifest]) -> None:
     """Refuses a mode that artifacts can't run in.
 

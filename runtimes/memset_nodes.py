@@ -1,15 +1,15 @@
 """Memsets of a recorded CUDA graph as kernels.
 
-cuBLASLt and cuDNN zero a few bytes before many of their kernels: 234 times in a step of SDXL's UNet. A memset node is
+cuBLASLt and cuDNN zero a few bytes before many of their kernels: 235 times in a step of SDXL's UNet. A memset node is
 run by another part of the GPU than kernels are, and the way there and back takes microseconds; between two
 kernels it is half of one. The driver is called through ctypes: torch has no call that changes a graph.
 """
 
 import ctypes
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from runtimes.gpu_upload import DriverError
+from runtimes.gpu_upload import call
 
 THREADS = 256
 MOST_WORDS = 1 << 20
@@ -81,7 +81,6 @@ class _Edges:
     data: Any
 
 
-@dataclass
 class MemsetNodes:
     """Replaces memset nodes, on the device whose context is current.
 
@@ -89,8 +88,9 @@ class MemsetNodes:
         library: libcuda, or a stand-in with its functions.
     """
 
-    library: Any = field(default_factory=lambda: ctypes.CDLL("libcuda.so.1"))
-    _fill: ctypes.c_void_p | None = None
+    def __init__(self, library: Any = None) -> None:
+        self.library = library if library is not None else ctypes.CDLL("libcuda.so.1")
+        self._fill: ctypes.c_void_p | None = None
 
     def replace(self, graph: int) -> int:
         """Makes kernels of a graph's memsets, before it is instantiated.
@@ -112,9 +112,7 @@ class MemsetNodes:
         return sum(self._replace(graph, node) for node in self._nodes(graph))
 
     def _call(self, name: str, *arguments: Any) -> None:
-        code = getattr(self.library, name)(*arguments)
-        if code:
-            raise DriverError(name, code)
+        call(self.library, name, *arguments)
 
     def _load(self) -> ctypes.c_void_p:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()

@@ -182,7 +182,7 @@ class Pipeline:
         guides = guidance_scale > 1
         self._clock.start()
         # Engines are loaded just before they are needed: on a GPU the UNet's weights arrive while prompts are encoded.
-        self._load(artifact, {(name, "main"): prompt is not None for name in encode.encoders(artifact.manifest)})
+        self._load(artifact, {(name, "main"): prompt is not None for name in memory.text_encoders(artifact.manifest)})
         self._clock.stop("load")
 
         # 1. Conditions, one row an image: every prompt times num_images_per_prompt.
@@ -381,7 +381,7 @@ class Pipeline:
         artifact = self._artifact(height, width)
         encoder, _ = self._parts_of(artifact)
         self._clock.start()
-        self._load(artifact, {(name, "main"): True for name in encode.encoders(artifact.manifest)})
+        self._load(artifact, {(name, "main"): True for name in memory.text_encoders(artifact.manifest)})
         self._clock.stop("load")
         zeros = artifact.manifest.pipeline.force_zeros_for_empty_prompt
         texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -175,8 +176,8 @@ def held_stderr() -> Iterator[IO[bytes]]:
             os.dup2(stderr, 2)
             os.close(stderr)
             held.seek(0)
-            with contextlib.suppress(OSError):
-                os.write(2, held.read())
+            with contextlib.suppress(OSError), open(2, "wb", closefd=False) as again:
+                shutil.copyfileobj(held, again)
 
 
 class TorchPackageLoader(Loader):

@@ -105,9 +105,7 @@ def pipeline(name: str, manifest: Manifest, device: Any) -> Any:
     from exporters import sdxl
 
     found = source(manifest)
-    # What fp8 is for products is fp16 for everything else.
-    dtypes = {"fp16": torch.float16, "fp8": torch.float16, "bf16": torch.bfloat16}
-    dtype = dtypes.get(manifest.key.precision, torch.float32)
+    dtype = sdxl.TENSORS[manifest.key.precision]
 
     def model(component: str) -> Any:
         row = sdxl.component(component)
