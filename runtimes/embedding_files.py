@@ -1,13 +1,12 @@
 """Files of textual inversion: the vectors that stand for new words. Read before torch is imported."""
 
-import json
 import shlex
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from buildtool.store.errors import SdxlError
+from buildtool.store.files import safetensors_header
 from buildtool.store.manifest import Manifest
 from runtimes.memory import text_encoders
 
@@ -127,16 +126,12 @@ def with_spare(manifest: Manifest, count: int) -> str:
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError
-            entries = json.loads(file.read(length))
-            entries.pop("__metadata__", None)
-            return {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        entries, _, _ = safetensors_header(path)
+        entries.pop("__metadata__", None)
+        return {name: tuple(entry["shape"]) for name, entry in entries.items()}
     except OSError as error:
         raise SdxlError(f"The embedding {path} cannot be read: {error.strerror}.") from None
-    except (struct.error, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         raise SdxlError(
             f"The embedding {path} is no safetensors file.", "Pickles (.pt, .bin) are not read: they can run code."
         ) from None

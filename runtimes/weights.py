@@ -1,9 +1,7 @@
 """Weights files in memory: each read once, however many engines and resolutions use it."""
 
 import contextlib
-import json
 import logging
-import struct
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from buildtool.store.errors import SdxlError
+from buildtool.store.files import safetensors_header
 from buildtool.store.manifest import Component, Manifest, StoredTensor
 from runtimes import timeline
 from runtimes.gpu_upload import Uploads
@@ -160,15 +159,10 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
         SdxlError: it is missing, or no such file.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError
-            return json.loads(file.read(length)), 8 + length, size
+        return safetensors_header(path)
     except FileNotFoundError:
         raise SdxlError(f"{path} is missing.", "Check the artifact: sdxl-build verify") from None
-    except (struct.error, ValueError, UnicodeDecodeError):
+    except ValueError:
         raise SdxlError(f"{path} is no safetensors file.", "Check the artifact: sdxl-build verify") from None
 
 

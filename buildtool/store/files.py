@@ -5,12 +5,13 @@ import ctypes
 import errno
 import functools
 import hashlib
+import json
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import FileEntry, check_relative
@@ -339,3 +340,21 @@ def _exchange(a: Path, b: Path) -> bool:
     if function is None:
         return False
     return function(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """A safetensors file's header (``__metadata__`` included), where its data begins, and its size in bytes.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no such file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= size:
+            raise ValueError(f"{path} is no safetensors file")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is no safetensors file")
+    return header, 8 + length, size

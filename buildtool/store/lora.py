@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from buildtool.store.errors import SdxlError
+from buildtool.store.files import safetensors_header
 
 Sizes = Mapping[str, Mapping[str, tuple[int, int]]]
 """Component -> matrix or convolution of a checkpoint -> (rows, columns), all but the first dimension flattened."""
@@ -244,19 +245,14 @@ class _Header:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                if length > path.stat().st_size:
-                    raise ValueError
-                self._entries: dict[str, Any] = json.loads(file.read(length))
-                metadata = self._entries.pop("__metadata__", None) or {}
-                self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
-                self._adapter: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+            self._entries, self._data, _ = safetensors_header(path)
+            metadata = self._entries.pop("__metadata__", None) or {}
+            self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+            self._adapter: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         except OSError as error:
             raise SdxlError(f"The LoRA {path} cannot be read: {error.strerror}.") from None
-        except (struct.error, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             raise SdxlError(f"The LoRA {path} is no safetensors file.", "Download it again.") from None
-        self._data = 8 + length
 
     def scalar(self, name: str) -> float:
         """The value of a tensor of one element."""
