@@ -4,7 +4,6 @@ Bound: latents differ by at most 1e-3 of their standard deviation (max abs).
 """
 
 import json
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.lora import Lora
 from runtimes import refiner
-from runtimes.artifact import Artifact
 from runtimes.diffusers_bridge import attach
 from runtimes.jobs import Job
 from runtimes.names import Names
@@ -195,23 +193,9 @@ def test_inside_diffusers_own_refiner(theirs: Any, micro_refiner_model: Path, mi
     assert difference(made, reference) <= BOUND
 
 
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The engines in the order in which they are loaded, with their models."""
-    names: list[str] = []
-    load = Artifact.unchecked_engine
-
-    def counted(self: Artifact, component: str, variant: str) -> Any:
-        names.append(f"{self.manifest.key.model} {component}.{variant}")
-        return load(self, component, variant)
-
-    monkeypatch.setattr(Artifact, "unchecked_engine", counted)
-    yield names
-
-
 @pytest.mark.slow
 def test_a_run_of_both_models_staged_and_resident(
-    ours: Any, micro_artifact: Path, micro_refiner_artifact: Path, tmp_path: Path, opened: list[str]
+    ours: Any, micro_artifact: Path, micro_refiner_artifact: Path, tmp_path: Path, opened: list[tuple[str, str]]
 ) -> None:
     read, second = manifests.read(micro_artifact), manifests.read(micro_refiner_artifact)
     options = Job(prompt="", seed=1, steps=10, guidance=5.0, guidance_until=1.0, num_images=1, refine_at=0.8)
@@ -225,8 +209,8 @@ def test_a_run_of_both_models_staged_and_resident(
         opened.clear()
         drawn[mode] = [picture.path for picture in session.render(planner.plan(asked))]
         assert sorted(opened) == [
-            *(f"micro {name}" for name in ("text_encoder.main", "text_encoder_2.main", "unet.cfg")),
-            *("micro-refiner unet.cfg", "micro-refiner vae_decoder.main"),
+            *(("micro", name) for name in ("text_encoder.main", "text_encoder_2.main", "unet.cfg")),
+            *(("micro-refiner", name) for name in ("unet.cfg", "vae_decoder.main")),
         ]
         assert session.report()["unet_steps"]["full"] == (8 + 2) + (10 + 5) + (5 + 5)
         if mode == "staged":  # the last stage's alone
