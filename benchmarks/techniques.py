@@ -8,7 +8,7 @@ A technique is some options of the build, some of the run, or both, beside those
 a GPU with `--vae fp16-fix`. All artifacts lie in one store; what is there is not built again. Each row is a process of
 its own by sdxl-bench's protocol (docs/bench.md): a warm-up, then every prompt `--runs` times. With a memory mode other
 than resident, "s a picture" has everything that is loaded in between. PSNR and SSIM are to the baseline's pictures of
-the same prompts and seeds.
+the same prompts and seeds. For the model tiny, "right" is the share of pictures that show what their prompts say.
 
 Peak memory on a GPU is the driver's: what the device lacks beyond what it lacked before the row's process began, looked
 at every 20 ms; nothing else should use the device meanwhile. "torch" is what sdxl-bench reports, weights and what torch
@@ -36,7 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import memory, report
-from buildtool.bench import cases
+from buildtool.bench import accuracy, cases
 from buildtool.bench import cli as bench
 from buildtool.bench import report as pages
 from buildtool.store import manifest as manifests
@@ -130,13 +130,14 @@ class Row:
             "peak_memory_bytes": {**found.peak_memory_bytes, **({"driver": self.driver} if self.driver else {})},
             "psnr": self.psnr if math.isfinite(self.psnr) else None,
             "ssim": self.ssim if math.isfinite(self.ssim) else None,
+            "right": sum(found.judged) / len(found.judged) if found.judged else None,
         }
 
 
 def headers(gpu: bool) -> list[str]:
     peaks = ["peak, driver", "peak, torch"] if gpu else ["peak memory"]
     figures = ["s a picture", "±", "steps/s", "load, s", "first call, + s"]
-    return ["technique", "build", "run", *figures, *peaks, "PSNR, dB", "SSIM"]
+    return ["technique", "build", "run", *figures, *peaks, "PSNR, dB", "SSIM", "right"]
 
 
 def cells(row: Row, gpu: bool) -> list[str]:
@@ -153,7 +154,8 @@ def cells(row: Row, gpu: bool) -> list[str]:
     bytes_of = {**found.peak_memory_bytes, "driver": row.driver or 0}
     likeness = "equal" if math.isinf(row.psnr) else "" if math.isnan(row.psnr) else f"{row.psnr:.1f}"
     similarity = "" if math.isnan(row.ssim) else f"{row.ssim:.3f}"
-    return [*names, *figures, *(report.size(bytes_of.get(kind, 0)) for kind in kinds), likeness, similarity]
+    peaks = [report.size(bytes_of.get(kind, 0)) for kind in kinds]
+    return [*names, *figures, *peaks, likeness, similarity, pages.right(found).replace("-", "")]
 
 
 @dataclass
@@ -293,6 +295,8 @@ class Measurements:
         row.driver = sampler.most - before if self._plan.on_gpu else None
         if self._reference and "image" not in case.options:  # which starts from a picture instead of noise
             row.psnr, row.ssim = pages.likeness(row.result, self._reference)
+            if why := accuracy.judge([row.result], self._prompts):
+                print(why, file=sys.stderr)
         return row
 
     def _made(self, value: Any) -> Any:

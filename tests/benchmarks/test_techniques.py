@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import techniques
 from benchmarks.techniques import TECHNIQUES, Measurements, Plan, Technique
-from buildtool.bench import cases
+from buildtool.bench import accuracy, cases
 from buildtool.cli import main as sdxl_build
 from buildtool.store import lora
 from buildtool.store.errors import SdxlError
@@ -50,9 +50,14 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         peak = {"process": 5_000_000}
         return cases.Result(case, None, 1.0, 2.0, 3.0, [0.5] * runs, 10.0, peak, pictures)
 
+    def judge(results: list[cases.Result], prompts: Any) -> str:
+        results[0].right = [results[0].case.options["steps"] > 30 for _ in prompts]
+        return ""
+
     monkeypatch.setattr(techniques, "_build", build)
     monkeypatch.setattr(cases, "check", check)
     monkeypatch.setattr(cases, "measure", measure)
+    monkeypatch.setattr(accuracy, "judge", judge)
     monkeypatch.setattr(techniques.manifests, "read", lambda folder: stand_in_manifest())
     monkeypatch.setattr(techniques, "random_lora", lambda manifest, path: path)
     return words_of
@@ -89,11 +94,12 @@ def test_rows_come_one_by_one_and_failures_among_them(
     assert rows["deepcache"]["failure"] == "sdxl-build: no compiler", "in one line"
     assert rows["eager"]["failure"] == "KeyError: 'denoise'"
     assert rows["fewer-steps"]["psnr"] == pytest.approx(20 * math.log10(255 / 20))
+    assert (rows["fewer-steps"]["right"], rows["staged"]["right"], rows["image-to-image"]["right"]) == (0, 1, None)
     assert rows["refiner"]["run"] == "steps=50 refiner=tiny-refiner refine-at=0.8"
     assert rows["image-to-image"]["ssim"] is None and rows["vae-tiny"]["ssim"] == pytest.approx(1)
     table = [line for line in out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
-    assert "`--vae-tile 192x192`" in out and str(tmp_path) not in "".join(table)
+    assert "100.0% of 1 |" in table[2] and "`--vae-tile 192x192`" in out and str(tmp_path) not in "".join(table)
     assert "vram4, it needs a GPU" in out and "| compile" not in out
     assert len(built) == len(set(built)), "each artifact once"
 
