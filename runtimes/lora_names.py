@@ -50,7 +50,7 @@ def places(path: Path, manifest: Manifest, option: str = " --lora FILE[:SCALE]")
             "A LoRA can't go into an fp8 artifact: its weights are rounded, and would not come back.",
             f"Build it in: {shlex.join(manifest.command)}{option}",
         )
-    rows = {n: _rows(c) for n, c in manifest.components.items() if n in lora.COMPONENTS}
+    rows = {n: stored_rows(c) for n, c in manifest.components.items() if n in lora.COMPONENTS}
     sizes = {name: {source: size for source, (_, _, size) in some.items()} for name, some in rows.items()}
     layers = manifest.key.configs.get("unet", {}).get("layers_per_block", 2)
     found = lora.products(path, sizes, layers, _unread(sizes, manifest))
@@ -69,7 +69,7 @@ def _unread(sizes: lora.Sizes, manifest: Manifest) -> dict[str, list[str]]:
     return {"text_encoder": [f"text_model.encoder.layers.{last}.{name}" for name in layer]}
 
 
-def _rows(component: Component) -> dict[str, tuple[str, int, tuple[int, int]]]:
+def stored_rows(component: Component) -> dict[str, tuple[str, int, tuple[int, int]]]:
     """Matrix or convolution of the checkpoint -> the stored tensor that holds it, its first row there, its size."""
     whose = {source: stored for stored in component.tensors.values() for source in stored.sources}
     found = {}

@@ -73,6 +73,8 @@ class Result:
     steps_per_second: float = 0.0
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
     pictures: list[Path] = field(default_factory=list)
+    right: list[bool | None] = field(default_factory=list)
+    """Whether each picture shows what its prompt says; None where nobody can tell. Empty: nobody looked."""
 
     @property
     def mean(self) -> float:
@@ -82,6 +84,11 @@ class Result:
     def spread(self) -> float:
         """Standard deviation of a picture's seconds; 0 of a single one."""
         return stdev(self.seconds) if len(self.seconds) > 1 else 0.0
+
+    @property
+    def judged(self) -> list[bool]:
+        """The verdicts of the pictures that could be judged."""
+        return [verdict for verdict in self.right if verdict is not None]
 
 
 def parse_options(text: str) -> dict[str, Any]:

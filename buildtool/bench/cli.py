@@ -9,8 +9,10 @@ from typing import NoReturn
 
 import click
 
+from buildtool.bench import accuracy
 from buildtool.bench.peer import PEERS
 from buildtool.store.errors import SdxlError
+from buildtool.store.manifest import Manifest
 
 # The kinds of a public comparison of SDXL's optimizations: portrait, interior, macro photograph, rendered scene.
 PROMPTS = (
@@ -47,9 +49,8 @@ PROMPTS = (
 @click.option(
     "--prompts",
     "file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A prompt a line, instead of four of its own.",
+    metavar="FILE|tiny:N",
+    help="A prompt a line, instead of four of its own; or N prompts of the world that the model tiny draws.",
 )
 @click.option(
     "--runs",
@@ -70,7 +71,7 @@ def command(
     engines: tuple[str, ...],
     sets: tuple[str, ...],
     peers: tuple[str, ...],
-    file: Path | None,
+    file: str | None,
     runs: int,
     out: Path,
 ) -> None:
@@ -87,8 +88,8 @@ def command(
 
     folders = [Path(line) for engine in engines for line in engine.splitlines() if line.strip()]
     options = [cases.parse_options(text) for text in sets] or [{}]
-    prompts = _prompts(file)
     found = cases.open_cases(folders, options, list(dict.fromkeys(peers)))
+    prompts = _prompts(file, found[0].manifest)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,14 +100,22 @@ def command(
     for case in found:
         click.echo(f"{case.number}/{len(found)}: {case.name}", err=True)
         results.append(cases.measure(case, prompts, runs, out))
-    click.echo(report.write(results, prompts, _about(runs, results), out))
+    about = _about(runs)
+    if why := accuracy.judge(results, prompts):
+        click.echo(why, err=True)
+        about["prompt accuracy"] = why
+    click.echo(report.write(results, prompts, about, out))
 
 
-def _prompts(file: Path | None) -> list[tuple[str, int]]:
+def _prompts(file: str | None, manifest: Manifest) -> list[tuple[str, int]]:
     if file is None:
         return list(PROMPTS)
+    model, colon, count = file.partition(":")
+    if colon and model == accuracy.MODEL and count.isdecimal() and int(count):
+        held_out = accuracy.held_out(int(count), manifest.key.width, manifest.key.height)
+        return [(prompt, seed) for seed, prompt in enumerate(held_out)]
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise SdxlError(f"The prompts file {file} cannot be read: {error}.") from None
     if not lines:
@@ -114,7 +123,7 @@ def _prompts(file: Path | None) -> list[tuple[str, int]]:
     return [(line, seed) for seed, line in enumerate(lines)]
 
 
-def _about(runs: int, results: Sequence[object]) -> dict[str, object]:
+def _about(runs: int) -> dict[str, object]:
     from importlib.metadata import version
 
     from buildtool.store import machine

@@ -19,15 +19,28 @@ COLUMNS = (
     "case", "s a picture", "±", "steps/s", "load, s", "first call, + s", "first picture, s", "compilers, s", "memory",
     "GPU", "PSNR", "SSIM",
 )  # fmt: skip
+RIGHT = "right"
+"""A further column, where pictures were judged by their prompts."""
 THUMB, MARGIN, TEXT = 256, 12, 18
 INK, PAPER, BAR = (32, 33, 36), (255, 255, 255), (66, 110, 180)
 
 Row = tuple[str, ...]
 
 
+def columns(results: Sequence[Result]) -> Row:
+    return (*COLUMNS, RIGHT) if any(result.judged for result in results) else COLUMNS
+
+
 def rows(results: Sequence[Result]) -> list[Row]:
     """The table, one row a case; likeness is the mean over prompts, to the first case's pictures."""
-    return [_row(result, *likeness(result, results[0])) for result in results]
+    count = len(columns(results))
+    return [(*_row(result, *likeness(result, results[0])), right(result))[:count] for result in results]
+
+
+def right(result: Result) -> str:
+    """The share of judged pictures that show what their prompts say, ``75.0% of 4``."""
+    judged = result.judged
+    return f"{100 * sum(judged) / len(judged):.1f}% of {len(judged)}" if judged else "-"
 
 
 def likeness(result: Result, reference: Result) -> tuple[float, float]:
@@ -64,19 +77,19 @@ def write(results: Sequence[Result], prompts: Sequence[tuple[str, int]], about: 
     Args:
         about: what the page says of the machine and the command, by name.
     """
-    table = rows(results)
+    head, table = columns(results), rows(results)
     (folder / "results.json").write_text(json.dumps(_as_json(results, prompts, about), indent=1) + "\n")
-    (folder / "results.md").write_text(markdown(table))
+    (folder / "results.md").write_text(markdown(head, table))
     chart, sheet = bars(results), contact_sheet(results)
     chart.save(folder / "times.png")
     sheet.save(folder / "pictures.png")
     page = folder / "report.html"
-    page.write_text(render(table, prompts, about, chart, sheet), encoding="utf-8")
+    page.write_text(render(head, table, prompts, about, chart, sheet), encoding="utf-8")
     return page
 
 
-def markdown(table: Sequence[Row]) -> str:
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *table]
+def markdown(head: Row, table: Sequence[Row]) -> str:
+    lines = [head, ("---",) * len(head), *table]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
@@ -99,6 +112,8 @@ def _as_json(results: Sequence[Result], prompts: Sequence[tuple[str, int]], abou
                 "peak_memory_bytes": result.peak_memory_bytes,
                 "psnr": decibels if math.isfinite(decibels) else None,
                 "ssim": similarity if math.isfinite(similarity) else None,
+                "right": sum(result.judged) / len(result.judged) if result.judged else None,
+                "right_pictures": result.right,
                 "pictures": [str(picture) for picture in result.pictures],
             }
         )
@@ -139,6 +154,7 @@ def contact_sheet(results: Sequence[Result]) -> Image.Image:
 
 
 def render(
+    columns: Row,
     table: Sequence[Row],
     prompts: Sequence[tuple[str, int]],
     about: dict[str, Any],
@@ -146,12 +162,15 @@ def render(
     sheet: Image.Image,
 ) -> str:
     """One HTML page with its pictures inside; nothing is loaded from elsewhere."""
-    head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in COLUMNS)
+    head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in columns)
     body = "".join(
         f"<tr><th scope=row>{html.escape(row[0])}</th>{''.join(f'<td>{html.escape(c)}</td>' for c in row[1:])}</tr>"
         for row in table
     )
     facts = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in about.items())
+    judged = ""
+    if RIGHT in columns:
+        judged = " Right: the share of pictures that show what their prompts say, and nothing besides."
     asked = "".join(f"<li>{html.escape(text)} <small>seed {seed}</small></li>" for text, seed in prompts)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -173,7 +192,7 @@ dt {{ font-weight: 600 }}
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <p>Means of all pictures after a warm-up; ±: standard deviation. Load: from the process's start until it can be called;
 first call: what that takes beyond a later one. Compilers: the seconds of all that the build started,
-which run side by side. PSNR (dB) and SSIM compare with the first case's pictures.</p>
+which run side by side. PSNR (dB) and SSIM compare with the first case's pictures.{judged}</p>
 <h2>Seconds a picture</h2>
 <img src="{_data(chart)}" alt="Bar chart of the seconds a picture in the table above">
 <h2>Pictures</h2>

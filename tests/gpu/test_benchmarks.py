@@ -63,6 +63,17 @@ def test_picture(artifacts: dict[str, Path], tmp_path: Path) -> None:
     assert all(row["failure"] for row in cut)
 
 
+def test_techniques(store_root: Path, tmp_path: Path) -> None:
+    names = ("model-offload", "staged", "vae-tiny", "fastest", "refiner", "lora", "eager")
+    words = ["--model", "tiny", "--steps", "5", "--runs", "1", "--prompts", "2", "--artifacts", str(store_root)]
+    chosen = [word for name in names for word in ("--only", name)]
+    rows = {row["technique"]: row for row in run("techniques.py", tmp_path / "told.json", *words, *chosen)["rows"]}
+    assert rows.keys() == {"baseline", *names} and not [row["failure"] for row in rows.values() if "failure" in row]
+    for row in rows.values():
+        assert row["peak_memory_bytes"]["driver"] > row["peak_memory_bytes"]["cuda"] > 0
+    assert rows["staged"]["psnr"] is None and rows["staged"]["ssim"] == 1 and rows["fastest"]["psnr"] < 60
+
+
 def test_throughput(artifacts: dict[str, Path], tmp_path: Path) -> None:
     words = ["--images", "3", "--steps", "4", "--runs", "2", "--peer", "eager"]
     ours, eager = run("throughput.py", tmp_path / "told.json", str(artifacts["fp16"]), *words)["rows"]

@@ -27,7 +27,7 @@ def test_rows_of_full_size_sdxl() -> None:
         for name, t in planned.items()
     }
     component = Component(loader="", precision="fp16", code_key="", weights="", tensors=tensors, variants={})
-    found = lora_names._rows(component)
+    found = lora_names.stored_rows(component)
     shapes = {name: shape for name, shape in module_shapes("unet", config).items() if len(shape) > 1}
     assert {name: size for name, (_, _, size) in found.items()} == {
         n: (s[0], math.prod(s[1:])) for n, s in shapes.items()

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from buildtool.bench import cases, cli, likeness, peer, report
+from buildtool.bench import accuracy, cases, cli, likeness, peer, report
 from buildtool.store import machine
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from tests.runtimes.stand_in import stand_in_manifest
+from training.captions import read
+from training.render import render, to_uint8
 
 STAND_IN = '''
 """Stands in for sdxl-run: refuses an unknown field, else writes grey pictures on a timeline of its own."""
@@ -169,6 +171,72 @@ def test_a_refiner_is_an_option_of_the_run_and_its_steps_count(tmp_path: Path, m
 def test_a_folder_that_is_no_artifact(tmp_path: Path, capsys: Any) -> None:
     code, printed, said = run(capsys, "--engine", str(tmp_path), "--out", str(tmp_path / "bench"))
     assert code == 1 and not printed and said.startswith("Error: ") and not (tmp_path / "bench").exists()
+
+
+SAID = "a large red circle in the centre on a white background"
+OTHER = "a large blue square in the centre on a white background"
+
+
+def judged(folder: Path, model: str = "tiny") -> list[cases.Result]:
+    """Two cases of three prompts; the first draws what SAID says, the second what OTHER says."""
+    results = []
+    for number, said in enumerate((SAID, OTHER), 1):
+        path = folder / f"case{number}.png"
+        Image.fromarray(to_uint8(render([read(said)], 256, 256))[0].numpy()).save(path)
+        case = cases.Case(number, folder, stand_in_manifest(model=model), {})
+        results.append(cases.Result(case, None, seconds=[1.0], peak_memory_bytes={"process": 1}, pictures=[path] * 3))
+    return results
+
+
+def test_pictures_of_tiny_are_judged_by_their_prompts(tmp_path: Path) -> None:
+    prompts = [(SAID, 1), (OTHER, 2), ("a lighthouse at dusk", 3)]
+    results = judged(tmp_path)
+    assert accuracy.judge(results, prompts) == ""
+    assert [result.right for result in results] == [[True, False, None], [False, True, None]]
+    results[0].right[2] = True
+    page = report.write(results, prompts, {}, tmp_path).read_text()
+    for text in (page, (tmp_path / "results.md").read_text()):
+        assert "right" in text and "66.7% of 3" in text and "50.0% of 2" in text
+    first, second = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert (first["right"], second["right"]) == (pytest.approx(2 / 3), 0.5)
+    assert second["right_pictures"] == [False, True, None]
+
+
+def test_what_cannot_be_judged_has_no_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [("a lighthouse at dusk", seed) for seed in range(3)]
+    for results in (judged(tmp_path), judged(tmp_path, "micro")):
+        assert accuracy.judge(results, prompts) == ""
+        assert report.RIGHT not in report.columns(results) and len(report.rows(results)[0]) == len(report.COLUMNS)
+    results = judged(tmp_path)
+    (tmp_path / "case2.png").unlink()
+    assert "FileNotFoundError" in accuracy.judge(results, [(SAID, 1)] * 3) and not results[0].right
+    monkeypatch.setattr(accuracy, "ROOT", tmp_path)
+    assert accuracy.judge(judged(tmp_path, "micro"), prompts) == ""
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_prompts_of_the_world_of_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(manifests, "read", lambda folder: stand_in_manifest())
+    words = ("--engine", str(tmp_path), "--prompts", "tiny:2", "--runs", "1", "--out")
+    assert run(capsys, *words, str(tmp_path / "bench"))[0] == 0
+    told = json.loads((tmp_path / "bench" / "results.json").read_text())
+    assert len(told["prompts"]) == 2 and all(read(one["prompt"]).things for one in told["prompts"])
+    assert told["cases"][0]["right_pictures"] == [False, False], "they are grey"
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_outside_a_clone_a_line_says_why_nothing_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(manifests, "read", lambda folder: stand_in_manifest())
+    monkeypatch.setattr(accuracy, "ROOT", tmp_path)
+    words = ("--engine", str(tmp_path), "--runs", "1", "--out", str(tmp_path / "bench"))
+    code, _, said = run(capsys, *words)
+    assert code == 0 and "isn't judged" in said.splitlines()[-1]
+    assert "isn&#x27;t judged" in (tmp_path / "bench" / "report.html").read_text()
+    assert "right |" not in (tmp_path / "bench" / "results.md").read_text()
+    code, printed, said = run(capsys, *words, "--prompts", "tiny:2")
+    assert code == 1 and not printed and "needs the project's source" in said and len(said.splitlines()) == 1
 
 
 def picture(path: Path, pixels: np.ndarray) -> Path:
