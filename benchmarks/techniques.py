@@ -39,7 +39,6 @@ from benchmarks import memory, report
 from buildtool.bench import accuracy, cases
 from buildtool.bench import cli as bench
 from buildtool.bench import report as pages
-from buildtool.store import interpreter
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
