@@ -178,7 +178,7 @@ class Plan:
 
     def lacks(self, technique: Technique) -> str:
         """Why a technique can't be measured here; empty if it can."""
-        told = {"gpu": (self.on_gpu, "it needs a GPU"), "full": (not self.small, "the tiny model has no such part")}
+        told = {"gpu": (self.on_gpu, "it needs a GPU"), "full": (not self.small, "it is for models of full size")}
         return next((why for need in technique.needs.split() for met, why in [told[need]] if not met), "")
 
     def words(self, build: str = "", refiner: bool = False) -> tuple[str, ...]:
