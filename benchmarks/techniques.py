@@ -64,8 +64,9 @@ class Technique:
     build: str = ""
     run: str = ""
     needs: str = ""
-    """``gpu``, or ``full`` for a model of full size, or both."""
+    """Words of: ``gpu``; ``full``, a model of full size; ``onediff``, an interpreter that has it."""
     peer: str = ""
+    backend: str = "torch"
 
 
 def _preset(name: str) -> str:
@@ -98,6 +99,7 @@ TECHNIQUES = (
     Technique("vram8", "--vae default", _preset("vram8")),  # a preset of the run alone
     Technique("vram6", "--preset vram6", _preset("vram6"), needs="gpu full"),
     Technique("vram4", "--preset vram4", _preset("vram4"), needs="gpu full"),
+    Technique("onediff", "--mode cudagraphs:benchmark", needs="gpu onediff", backend="onediff"),
     Technique("eager", peer="eager"),
     Technique("compile", peer="compile"),
 )
@@ -181,13 +183,13 @@ class Plan:
         told = {"gpu": (self.on_gpu, "it needs a GPU"), "full": (not self.small, "it is for models of full size")}
         return next((why for need in technique.needs.split() for met, why in [told[need]] if not met), "")
 
-    def words(self, build: str = "", refiner: bool = False) -> tuple[str, ...]:
+    def words(self, build: str = "", refiner: bool = False, backend: str = "torch") -> tuple[str, ...]:
         """What an artifact is built with, in the order of the command line."""
         model = self.model
         if refiner:
             model = REFINERS.get(model, "stabilityai/stable-diffusion-xl-refiner-1.0")
         vae = () if self.small or "--vae " in build or "--preset" in build else ("--vae", "fp16-fix")
-        return ("torch", "--model", model, "--gpu", self.gpu, *vae, *self.spelled(build).split())
+        return (backend, "--model", model, "--gpu", self.gpu, *vae, *self.spelled(build).split())
 
     def spelled(self, build: str) -> str:
         return build.replace("TILE", "192x192" if self.small else "512x512")
@@ -214,7 +216,7 @@ class Plan:
 
     def needed(self, techniques: Iterable[Technique]) -> list[tuple[str, ...]]:
         """The artifacts of some techniques, each once."""
-        asked = [self.words(technique.build) for technique in techniques]
+        asked = [self.words(technique.build, backend=technique.backend) for technique in techniques]
         asked += [self.words(refiner=True) for technique in techniques if "REFINER" in technique.run]
         return list(dict.fromkeys(asked))
 
@@ -265,7 +267,7 @@ class Measurements:
         try:
             if why := self._plan.lacks(technique):
                 raise SdxlError(why)
-            folder = self._plan.artifact(self._plan.words(technique.build))
+            folder = self._plan.artifact(self._plan.words(technique.build, backend=technique.backend))
             options = {"steps": self._plan.steps, **cases.parse_options(technique.run)}
             options = {name: self._made(value) for name, value in options.items()}
             row.run = " ".join(f"{name.replace('_', '-')}={_told(name, value)}" for name, value in options.items())
@@ -385,11 +387,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(words)
     if options.list:
-        needs = {"": "", "gpu": "a GPU", "full": "a full-size model", "gpu full": "both"}
+        needs = {"gpu": "a GPU", "full": "a full-size model", "onediff": "OneDiff's interpreter"}
         print(
             report.table(
                 ("name", "build", "run", "needs"),
-                [[t.name, t.build or t.peer, t.run, needs[t.needs]] for t in TECHNIQUES],
+                [
+                    [t.name, t.build or t.peer, t.run, " and ".join(needs[need] for need in t.needs.split())]
+                    for t in TECHNIQUES
+                ],
             )
         )
         return 0

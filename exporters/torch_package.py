@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exporters import inductor, layout
+from exporters import group_norm, inductor, layout
 from exporters.base import Exporter, ExportError, Request, VariantCode
 from exporters.sdxl import TENSORS, Component, Configs, example_inputs, spec_of
 
@@ -75,6 +75,7 @@ class TorchExporter(Exporter):
             program = torch.export.export(graph.module, (), kwargs=inputs, strict=False)
             if request.device != "cpu":
                 inductor.join_channels_last(program.graph)
+                group_norm.fuse(program.graph)
             used = _constants(program, stem)
             results = [node.meta["val"] for node in program.graph.find_nodes(op="output")[0].args[0]]
             _compile(program, file, request)
@@ -99,7 +100,6 @@ def _gpu_settings(request: Request, component: str) -> Iterator[None]:
     backends = ATTENTION.get(request.target, ATTENTION["others"])
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     matmul.allow_tf32 = cudnn.allow_tf32 = bool(request.options.get("tf32"))
-    # The VAE's norms go over millions of elements, in parts of which none should be a row of its own.
     choices = inductor.choices() if component == "unet" else contextlib.nullcontext()
     with sdpa_kernel(list(backends), set_priority=True), choices:
         yield

@@ -27,9 +27,8 @@ class InParts:
         if any(other is not None for other in others.values()):  # a condition or a mask
             raise NotImplementedError(f"a VAE's attention with {sorted(others)}")
         batch, channels, height, width = hidden_states.shape
-        tokens = hidden_states.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
+        normed = hidden_states if attn.group_norm is None else attn.group_norm(hidden_states)
+        tokens = normed.flatten(2).transpose(1, 2)
         out = attn.to_out[0](attention(attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)))
         out = out.transpose(1, 2).reshape(batch, channels, height, width)
         if attn.residual_connection:

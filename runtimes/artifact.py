@@ -108,9 +108,17 @@ class Artifact:
         kept = {digest for digests in self._engines for digest in digests[3:]}
         return self._weights.free(kept) or bool(others)
 
-    def tensors(self, component: str, weights: Weights | None = None) -> dict[str, Tensor]:
-        """A component's stored tensors by name: those that its engines read, or as ``weights`` reads the file."""
-        return (weights or self._weights).tensors(self.folder, self.manifest, component)
+    def tensors(self, component: str) -> dict[str, Tensor]:
+        """A component's stored tensors by name: those that its engines read."""
+        return self._weights.tensors(self.folder, self.manifest, component)
+
+    def restore(self, component: str, names: Collection[str]) -> None:
+        """Gives stored tensors that were changed the bits of the artifact's file again.
+
+        Raises:
+            SdxlError: it can't be read any more.
+        """
+        self._weights.restore(self.folder, self.manifest, component, names)
 
     def holds(self, component: str) -> bool:
         """Whether a component's weights are in memory."""

@@ -11,7 +11,6 @@ from runtimes.artifact import Artifact
 from runtimes.embedding_files import TABLE, Embedding, names
 from runtimes.memory import text_encoders
 from runtimes.prompt import Tokenizer
-from runtimes.weights import Weights
 
 Rows = tuple[int, Tensor]
 """The first row's number, and the rows (n, width)."""
@@ -81,15 +80,12 @@ class Embeddings:
             torch.cuda.synchronize(artifact.device)
 
     def _restore(self) -> None:
-        """Original bits into the rows that were written, where those weights are still in memory."""
-        count = len(self.words)
+        """Original bits into the tables that were written to, where those weights are still in memory."""
         for artifact in self._artifacts:
             for component in text_encoders(artifact.manifest):
                 first = self._written.pop((component, digest_of(artifact, component)), None)
                 if first is not None and artifact.holds(component):
-                    name, rows = table_of(artifact, component), slice(first, first + count)
-                    original = artifact.tensors(component, Weights(torch.device("cpu")))[name]
-                    artifact.tensors(component)[name][rows].copy_(original[rows])
+                    artifact.restore(component, [table_of(artifact, component)])
         self._written.clear()
 
 

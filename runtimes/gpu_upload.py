@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
 from runtimes import timeline
 
-CHUNK = 16 << 20
-"""Bytes a thread reads and sends at a time."""
+CHUNK = 4 << 20
+"""Bytes a thread reads and sends at a time: with 16 MB, whose pages take longer to lock, it is half as fast."""
 THREADS = 8
-"""Readers at most; with 8, an H100's UNet weights came in at 8.6 GB/s (benchmarks/RESULTS.md)."""
+"""Readers at most: 25 GB/s from the page cache to an H100, and no more with 16 (benchmarks/RESULTS.md)."""
 
 OUT_OF_MEMORY = 2
 _PORTABLE = 1  # cuMemHostAlloc: pinned for every context
@@ -147,11 +147,16 @@ def held_bytes() -> int:
 
 @dataclass
 class Upload:
-    """One weights file on its way to the device. The memory is freed when nothing refers to this any more."""
+    """One weights file on its way to the device. The memory is freed when nothing refers to this any more.
+
+    With an ``address`` and ``spans`` (first byte, end) from the start, those parts of the file go to memory that is
+    somebody else's.
+    """
 
     path: Path
     size: int
     address: int = 0
+    spans: Sequence[tuple[int, int]] = ()
     error: Exception | None = None
     _began: float = 0.0
     _left: int = 0
@@ -184,13 +189,13 @@ class Uploads:
     """Files on their way to one device, each at most once; waited for one by one.
 
     Args:
-        files: digest -> file, in the order in which they will be needed.
+        files: digest -> file or parts of one, in the order in which they will be needed.
         index: the device's number among the visible ones.
         library: libcuda, or a stand-in with its functions.
     """
 
-    def __init__(self, files: dict[str, Path], index: int, library: Any = None) -> None:
-        self._files = {digest: Upload(path, 0) for digest, path in files.items()}
+    def __init__(self, files: Mapping[str, Path | Upload], index: int, library: Any = None) -> None:
+        self._files = {digest: path if isinstance(path, Upload) else Upload(path, 0) for digest, path in files.items()}
         self._order = [*self._files.values()]  # let go when all are under way
         self._index, self._library = index, library
         self._lock = threading.Lock()
@@ -230,8 +235,12 @@ class Uploads:
             self._fail(error)
 
     def _allocate(self, driver: Driver, upload: Upload) -> None:
+        if upload.spans:
+            upload._left = upload.size
+            return
         try:
             upload.size = upload._left = upload.path.stat().st_size
+            upload.spans = [(0, upload.size)]
             upload.address, upload._driver = driver.allocate(upload.size), driver
             _count(upload.size)
         except DriverError as error:
@@ -244,8 +253,9 @@ class Uploads:
         while self._order:
             upload = self._order.pop(0)
             upload._began = timeline.now()
-            for offset in range(0, upload.size, CHUNK):
-                yield upload, offset, min(CHUNK, upload.size - offset)
+            for begin, end in upload.spans:
+                for offset in range(begin, end, CHUNK):
+                    yield upload, offset, min(CHUNK, end - offset)
 
     def _next(self) -> tuple[Upload, int, int] | None:
         with self._lock:
@@ -303,6 +313,23 @@ class Uploads:
             if not upload._done.is_set():
                 upload.error = error
                 upload._done.set()
+
+
+def send_again(path: Path, spans: Sequence[tuple[int, int]], address: int, index: int, library: Any = None) -> None:
+    """Parts of a file to where they lie on the device already; returns when they are there.
+
+    Args:
+        spans: (first byte, end) of each.
+        address: that of the file's first byte on the device.
+        index: the device's number among the visible ones.
+        library: libcuda, or a stand-in with its functions.
+
+    Raises:
+        SdxlError: the file could not be read, or the driver failed.
+    """
+    size = sum(end - begin for begin, end in spans)
+    if size:
+        Uploads({"": Upload(path, size, address, spans)}, index, library).take("")
 
 
 def _driver(index: int, library: Any) -> Driver:

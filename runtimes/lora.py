@@ -4,8 +4,7 @@ Compiled code and CUDA graphs hold the weights' addresses, so all variants and r
 next call. The original bits come from the artifact's weights file, which the page cache has: nothing is kept.
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,6 @@ from torch import Tensor
 from buildtool.store.lora import Lora
 from runtimes import lora_names
 from runtimes.artifact import Artifact
-from runtimes.weights import Weights
-
-READERS = 8
-"""Threads that copy original weights to a GPU."""
 
 Place = tuple[str, str, str]
 """Digest of a weights file, component, stored tensor."""
@@ -61,9 +56,13 @@ class Loras:
         for artifact in self._artifacts:  # a check compares with the weights that the artifact was built with
             _check_deferred(artifact)
         places = self._changed | additions.keys()
-        tensors = dict(self._stored(places))
+        tensors: dict[Place, Tensor] = {}
+        for artifact, component, here in self._components(places):
+            stored = artifact.tensors(component)
+            tensors |= {place: stored[place[2]] for place in here}
         self.active = None
-        self._restore(self._changed, tensors)
+        for artifact, component, here in self._components(self._changed):
+            artifact.restore(component, [name for _, _, name in here])
         self._changed |= additions.keys()
         for place, some in additions.items():
             _add(tensors[place], some)
@@ -90,40 +89,16 @@ class Loras:
                     done |= {(digest, component, row.stored) for row in fresh}
         return found
 
-    def _stored(self, places: set[Place], weights: Weights | None = None) -> Iterator[tuple[Place, Tensor]]:
-        """The tensors at some places: those that engines read, or in ``weights``."""
+    def _components(self, places: Collection[Place]) -> Iterator[tuple[Artifact, str, list[Place]]]:
+        """Each weights file of some places once: an artifact and its component, and the places there."""
         seen = set()
         for artifact in self._artifacts:
             for component, described in artifact.manifest.components.items():
                 digest = artifact.manifest.files[described.weights].sha256 if described.weights else ""
-                if (digest, component) in seen or not any(place[:2] == (digest, component) for place in places):
-                    continue
-                seen.add((digest, component))
-                tensors = artifact.tensors(component, weights)
-                for place in places:
-                    if place[:2] == (digest, component):
-                        yield place, tensors[place[2]]
-
-    def _restore(self, places: set[Place], tensors: dict[Place, Tensor]) -> None:
-        """Writes the original bits back."""
-        originals = dict(self._stored(places, Weights(torch.device("cpu"))))
-        device = self._artifacts[0].device
-        if device.type == "cpu":
-            for place, original in originals.items():
-                tensors[place].copy_(original)
-            return
-        torch.cuda.synchronize(device)  # no call may still be reading
-        streams = [torch.cuda.Stream(device) for _ in range(READERS)]  # type: ignore[no-untyped-call]
-
-        def copy(number: int) -> None:
-            with torch.inference_mode(), torch.cuda.stream(streams[number]):
-                for place in ordered[number::READERS]:
-                    tensors[place].copy_(originals[place])
-                streams[number].synchronize()
-
-        ordered = sorted(places, key=lambda place: -originals[place].nbytes)
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(copy, range(READERS)))
+                here = [place for place in places if place[:2] == (digest, component)]
+                if here and (digest, component) not in seen:
+                    seen.add((digest, component))
+                    yield artifact, component, here
 
 
 def _add(stored: Tensor, additions: Sequence[_Addition]) -> None:

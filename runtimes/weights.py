@@ -13,7 +13,7 @@ from buildtool.store.errors import SdxlError
 from buildtool.store.files import safetensors_header
 from buildtool.store.manifest import Component, Manifest, StoredTensor
 from runtimes import timeline
-from runtimes.gpu_upload import Uploads
+from runtimes.gpu_upload import Uploads, send_again
 
 if TYPE_CHECKING:
     from runtimes.segments import Turns
@@ -84,6 +84,27 @@ class Weights:
         data, header = self._file(folder / described.weights, manifest.files[described.weights].sha256)
         where = f"{folder / described.weights}"
         return {name: _view(name, stored, data, header, where) for name, stored in described.tensors.items()}
+
+    def restore(self, folder: Path, manifest: Manifest, component: str, names: Collection[str]) -> None:
+        """Gives stored tensors, which somebody changed in place, the bits of the file again.
+
+        Raises:
+            SdxlError: the file can't be read any more.
+        """
+        described = manifest.components[component]
+        path, digest = folder / described.weights, manifest.files[described.weights].sha256
+        data, header = self._file(path, digest)
+        if self.device.type == "cpu":
+            stored = {name: described.tensors[name] for name in names}
+            original, _ = Weights(self.device)._file(path, digest)
+            for name, tensor in stored.items():
+                to = _view(name, tensor, data, header, str(path))
+                to.copy_(_view(name, tensor, original, header, str(path)))
+            return
+        start = path.stat().st_size - data.numel()
+        spans = sorted((start + begin, start + end) for begin, end in (header[name]["data_offsets"] for name in names))
+        torch.cuda.synchronize(self.device)  # no call may still be reading
+        send_again(path, spans, data.data_ptr() - start, self.device.index or 0)
 
     def turns(self, folder: Path, manifest: Manifest, component: str) -> "tuple[Turns, dict[str, Tensor]]":
         """What brings a component's segments to the device, each in its turn, and where its tensors are then.

@@ -67,8 +67,8 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_every_technique_is_of_options_that_exist(model: str, gpu: str) -> None:
     known = {*Job.__struct_fields__, *cases.FLAGS}
     for technique in TECHNIQUES:
-        _, *words = plan(model, gpu).words(technique.build)
-        sdxl_build.commands["torch"].make_context("torch", [*words])  # type: ignore[attr-defined]
+        backend, *words = plan(model, gpu).words(technique.build, backend=technique.backend)
+        sdxl_build.commands[backend].make_context(backend, [*words])  # type: ignore[attr-defined]
         assert cases.parse_options(technique.run).keys() <= known, technique.name
     assert {technique.name for technique in TECHNIQUES} > PRESETS.keys()
 

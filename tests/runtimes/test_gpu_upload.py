@@ -146,6 +146,19 @@ def test_device_memory_is_freed_with_the_last_reference(files: dict[str, Path]) 
     assert address not in cuda.blocks and gpu_upload.held_bytes() <= held - files["long"].stat().st_size
 
 
+def test_parts_are_sent_again_to_where_they_lie(files: dict[str, Path]) -> None:
+    cuda, path = StandInCuda(), files["long"]
+    upload = Uploads({"long": path}, 0, cuda).take("long")
+    ctypes.memset(upload.address, 0, upload.size)
+    spans = [(100, 200), (CHUNK - 5, 2 * CHUNK + 7), (upload.size - 3, upload.size)]
+    gpu_upload.send_again(path, spans, upload.address, 0, cuda)
+    wanted = bytearray(upload.size)
+    for begin, end in spans:
+        wanted[begin:end] = path.read_bytes()[begin:end]
+    assert arrived(upload) == wanted and upload.address in cuda.blocks, "the memory stays its owner's"
+    gpu_upload.send_again(path, [], upload.address, 0, cuda)
+
+
 def test_a_full_gpu_is_told_in_one_line_to_everyone_who_waits(files: dict[str, Path]) -> None:
     uploads = Uploads(files, 0, StandInCuda(room=2 * CHUNK))
     for name in files:
