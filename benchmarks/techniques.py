@@ -39,6 +39,7 @@ from benchmarks import memory, report
 from buildtool.bench import accuracy, cases
 from buildtool.bench import cli as bench
 from buildtool.bench import report as pages
+from buildtool.store import interpreter
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
@@ -180,7 +181,11 @@ class Plan:
 
     def lacks(self, technique: Technique) -> str:
         """Why a technique can't be measured here; empty if it can."""
-        told = {"gpu": (self.on_gpu, "it needs a GPU"), "full": (not self.small, "the tiny model has no such part")}
+        told = {
+            "gpu": (self.on_gpu, "it needs a GPU"),
+            "full": (not self.small, "it is for models of full size"),
+            "onediff": (bool(os.environ.get(interpreter.VARIABLE)), f"${interpreter.VARIABLE} is not set"),
+        }
         return next((why for need in technique.needs.split() for met, why in [told[need]] if not met), "")
 
     def words(self, build: str = "", refiner: bool = False, backend: str = "torch") -> tuple[str, ...]:

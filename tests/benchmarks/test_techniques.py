@@ -73,6 +73,21 @@ def test_every_technique_is_of_options_that_exist(model: str, gpu: str) -> None:
     assert {technique.name for technique in TECHNIQUES} > PRESETS.keys()
 
 
+def test_what_is_left_out_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def left(*where: str) -> set[str]:
+        here = plan(*where)
+        kept, out = techniques.select(here, [], [])
+        assert all(map(here.lacks, out)) and not any(map(here.lacks, kept)) and len(kept) + len(out) == len(TECHNIQUES)
+        return {technique.name for technique in out}
+
+    monkeypatch.delenv("SDXL_ONEDIFF_PYTHON", raising=False)
+    assert left("random:sdxl-base", "auto") == {"onediff"}
+    assert left("tiny", "auto") == {"onediff", "vae-default", "vram6", "vram4"}
+    assert {"fp8", "sequential", "onediff"} < left()
+    monkeypatch.setenv("SDXL_ONEDIFF_PYTHON", "python3")
+    assert left("random:sdxl-base", "auto") == set()
+
+
 def test_a_preset_brings_its_own_vae_and_all_else_the_baselines() -> None:
     full = plan("random:sdxl-base", "auto")
     assert full.words() == ("torch", "--model", "random:sdxl-base", "--gpu", "auto", "--vae", "fp16-fix")

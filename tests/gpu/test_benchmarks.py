@@ -71,6 +71,7 @@ def test_techniques(store_root: Path, tmp_path: Path) -> None:
     assert rows.keys() == {"baseline", *names} and not [row["failure"] for row in rows.values() if "failure" in row]
     for row in rows.values():
         assert row["peak_memory_bytes"]["driver"] > row["peak_memory_bytes"]["cuda"] > 0
+        assert row["right"] is not None
     assert rows["staged"]["psnr"] is None and rows["staged"]["ssim"] == 1 and rows["fastest"]["psnr"] < 60
 
 
