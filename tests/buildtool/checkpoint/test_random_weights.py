@@ -27,6 +27,41 @@ def test_half_precision_is_the_same_numbers_rounded() -> None:
     assert torch.equal(random_weights.tensor(NAME, (600, 1000), 0, "float16"), wide.half())
 
 
+def drawn_by_torch(monkeypatch: pytest.MonkeyPatch, dtype: str, device: str) -> list[torch.Tensor]:
+    """Tensors by numpy, then by torch on a device."""
+    numbers = [
+        random_weights.tensor(NAME, (700, 1100), 5, dtype),
+        random_weights.tensor("a.norm.weight", (600000,), 5, dtype),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    own = random_weights.on_device
+    monkeypatch.setattr(random_weights, "on_device", lambda *args: own(*args[:-1], device))
+    return [
+        *numbers,
+        random_weights.tensor(NAME, (700, 1100), 5, dtype),
+        random_weights.tensor("a.norm.weight", (600000,), 5, dtype),
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_gpu_draws_the_same_bits(monkeypatch: pytest.MonkeyPatch, dtype: str, device: str) -> None:
+    """On a CPU: what the GPU would do, there."""
+    monkeypatch.setattr(random_weights, "_DEVICE_CHUNK", 300_000)
+    matrix, norm, *others = drawn_by_torch(monkeypatch, dtype, device)
+    assert torch.equal(matrix, others[0]) and torch.equal(norm, others[1])
+
+
+def test_a_full_gpu_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    wanted = random_weights.tensor(NAME, (700, 1100), 5, "float32")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(random_weights, "on_device", full)
+    assert torch.equal(random_weights.tensor(NAME, (700, 1100), 5, "float32"), wanted)
+
+
 def test_names_and_seeds_give_other_numbers() -> None:
     one = random_weights.tensor(NAME, (64, 64), 0, "float32")
     for name, seed in ((NAME, 1), (NAME.replace("to_k", "to_v"), 0)):
