@@ -18,10 +18,13 @@ from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
 from runtimes import timeline
 
-CHUNK = 4 << 20
-"""Bytes a thread reads and sends at a time: with 16 MB, whose pages take longer to lock, it is half as fast."""
+CHUNK = 16 << 20
+"""Bytes a thread reads and sends at a time. Smaller ones wait more often for Python's lock, which ``import torch``
+holds meanwhile: with 4 MB, 5 GB took 1.25 s beside it instead of 0.5."""
+SMALL_CHUNK = 4 << 20
+"""The same where nothing else runs: 25 GB/s to an H100 instead of 14, as there is less memory to lock at first."""
 THREADS = 8
-"""Readers at most: 25 GB/s from the page cache to an H100, and no more with 16 (benchmarks/RESULTS.md)."""
+"""Readers at most; 16 are no faster."""
 
 OUT_OF_MEMORY = 2
 _PORTABLE = 1  # cuMemHostAlloc: pinned for every context
@@ -192,12 +195,13 @@ class Uploads:
         files: digest -> file or parts of one, in the order in which they will be needed.
         index: the device's number among the visible ones.
         library: libcuda, or a stand-in with its functions.
+        chunk: bytes a thread reads and sends at a time.
     """
 
-    def __init__(self, files: Mapping[str, Path | Upload], index: int, library: Any = None) -> None:
+    def __init__(self, files: Mapping[str, Path | Upload], index: int, library: Any = None, chunk: int = CHUNK) -> None:
         self._files = {digest: path if isinstance(path, Upload) else Upload(path, 0) for digest, path in files.items()}
         self._order = [*self._files.values()]  # let go when all are under way
-        self._index, self._library = index, library
+        self._index, self._library, self._chunk = index, library, chunk
         self._lock = threading.Lock()
         self._chunks: Iterator[tuple[Upload, int, int]] = iter(())
         self._cancelled = False
@@ -227,7 +231,7 @@ class Uploads:
                 self._allocate(driver, upload)
             self._chunks = self._all_chunks()
             total = sum(upload.size for upload in self._order)
-            count = max(1, min(THREADS, (os.cpu_count() or 2) // 2, -(-total // CHUNK)))
+            count = max(1, min(THREADS, (os.cpu_count() or 2) // 2, -(-total // self._chunk)))
             readers = [threading.Thread(target=self._read, args=(driver,), daemon=True) for _ in range(count)]
             for reader in readers:
                 reader.start()
@@ -254,8 +258,8 @@ class Uploads:
             upload = self._order.pop(0)
             upload._began = timeline.now()
             for begin, end in upload.spans:
-                for offset in range(begin, end, CHUNK):
-                    yield upload, offset, min(CHUNK, end - offset)
+                for offset in range(begin, end, self._chunk):
+                    yield upload, offset, min(self._chunk, end - offset)
 
     def _next(self) -> tuple[Upload, int, int] | None:
         with self._lock:
@@ -266,10 +270,10 @@ class Uploads:
         try:
             driver.enter()
             with contextlib.ExitStack() as stack:
-                base = stack.enter_context(driver.pinned(2 * CHUNK))
+                base = stack.enter_context(driver.pinned(2 * self._chunk))
                 stream = stack.enter_context(driver.stream())
                 events = [stack.enter_context(driver.event()) for _ in range(2)]
-                memory = memoryview((ctypes.c_char * (2 * CHUNK)).from_address(base))
+                memory = memoryview((ctypes.c_char * (2 * self._chunk)).from_address(base))
                 files: dict[Path, int] = {}
                 sent: list[tuple[Upload, int] | None] = [None, None]
                 turn = 0
@@ -279,8 +283,10 @@ class Uploads:
                     if upload.path not in files:
                         files[upload.path] = os.open(upload.path, os.O_RDONLY)
                         stack.callback(os.close, files[upload.path])
-                    _fill(memory[turn * CHUNK : turn * CHUNK + size], files[upload.path], offset, upload.path)
-                    driver.send(upload.address + offset, base + turn * CHUNK, size, stream, events[turn])
+                    _fill(
+                        memory[turn * self._chunk : turn * self._chunk + size], files[upload.path], offset, upload.path
+                    )
+                    driver.send(upload.address + offset, base + turn * self._chunk, size, stream, events[turn])
                     sent[turn] = (upload, size)
                     turn = 1 - turn
                 for side in (turn, 1 - turn):
@@ -329,7 +335,7 @@ def send_again(path: Path, spans: Sequence[tuple[int, int]], address: int, index
     """
     size = sum(end - begin for begin, end in spans)
     if size:
-        Uploads({"": Upload(path, size, address, spans)}, index, library).take("")
+        Uploads({"": Upload(path, size, address, spans)}, index, library, SMALL_CHUNK).take("")
 
 
 def _driver(index: int, library: Any) -> Driver:

@@ -88,6 +88,7 @@ class StandInPipeline:
 
     loads = 0
     memory = "resident"
+    device = torch.device("cpu")
 
     def __init__(self, folders):
         read = [manifests.read(folder) for folder in folders]

@@ -10,7 +10,7 @@ import pytest
 
 from buildtool.store.errors import SdxlError
 from runtimes import gpu_upload, timeline
-from runtimes.gpu_upload import CHUNK, Driver, Uploads
+from runtimes.gpu_upload import CHUNK, SMALL_CHUNK, Driver, Uploads
 
 
 class StandInCuda:
@@ -150,7 +150,7 @@ def test_parts_are_sent_again_to_where_they_lie(files: dict[str, Path]) -> None:
     cuda, path = StandInCuda(), files["long"]
     upload = Uploads({"long": path}, 0, cuda).take("long")
     ctypes.memset(upload.address, 0, upload.size)
-    spans = [(100, 200), (CHUNK - 5, 2 * CHUNK + 7), (upload.size - 3, upload.size)]
+    spans = [(100, 200), (CHUNK - 5, CHUNK + 3 * SMALL_CHUNK + 7), (upload.size - 3, upload.size)]
     gpu_upload.send_again(path, spans, upload.address, 0, cuda)
     wanted = bytearray(upload.size)
     for begin, end in spans:
