@@ -163,7 +163,7 @@ def measure(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: P
     for span in report["timeline"]:
         spans.setdefault(span["name"], []).append((span["start"], span["end"]))
     batch = case.manifest.key.batch
-    saved = [end for _, end in spans["save"]]
+    saved = sorted(end for _, end in spans["save"])  # a call's files are written side by side
     # A call of the pipeline makes a batch of pictures; the first call warms up.
     calls = [saved[start : start + batch] for start in range(0, len(saved), batch)]
     load = spans["load" if case.peer else "open artifact"][0][1]

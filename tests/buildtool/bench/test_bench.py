@@ -149,7 +149,7 @@ def test_a_refiner_is_an_option_of_the_run_and_its_steps_count(tmp_path: Path, m
         # The base's loop and the refiner's, of a first call that takes longer and of two more.
         loops = [(0, 9), (9, 10), (11, 11.4), (11.4, 11.5), (12, 12.4), (12.4, 12.5)]
         spans = [("open artifact", (0, 0)), *(("denoise", loop) for loop in loops)]
-        spans += [("save", (end, end)) for end in (10, 11.5, 12.5)]
+        spans += [("save", (end, end)) for end in (10, 12.5, 11.5)]  # as threads end
         timeline = [{"name": name, "start": start, "end": end} for name, (start, end) in spans]
         images = [{"steps": 10}] * 3
         return {
