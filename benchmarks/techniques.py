@@ -149,10 +149,9 @@ def cells(row: Row, gpu: bool) -> list[str]:
     found = row.result
     if found is None:
         return [*names, "failed", *[""] * (len(headers(gpu)) - 5), row.failure]
-    figures = [f"{value:.3f}" for value in (found.mean, found.spread)]
-    figures += [f"{value:.2f}" for value in (found.steps_per_second, found.load, found.extra)]
-    if "memory" in found.case.options:  # all pictures go together: no call is the first, or differs from another
-        figures[1] = figures[-1] = ""
+    figures = ["" if value is None else f"{value:.3f}" for value in (found.mean, found.spread)]
+    more = (found.steps_per_second, found.load, found.extra)
+    figures += ["" if value is None else f"{value:.2f}" for value in more]
     kinds = ("driver", "cuda") if gpu else ("process",)
     bytes_of = {**found.peak_memory_bytes, "driver": row.driver or 0}
     likeness = "equal" if math.isinf(row.psnr) else "" if math.isnan(row.psnr) else f"{row.psnr:.1f}"
@@ -275,7 +274,7 @@ class Measurements:
             folder = self._plan.artifact(self._plan.words(technique.build, backend=technique.backend))
             options = {"steps": self._plan.steps, **cases.parse_options(technique.run)}
             options = {name: self._made(value) for name, value in options.items()}
-            row.run = " ".join(f"{name.replace('_', '-')}={_told(name, value)}" for name, value in options.items())
+            row.run = " ".join(f"{name.replace('_', '-')}={cases.told(name, value)}" for name, value in options.items())
             key = json.dumps([str(folder), options, technique.peer], sort_keys=True)
             if key not in self._same:
                 case = cases.Case(len(self._same) + 1, folder, manifests.read(folder), options, technique.peer)
@@ -325,12 +324,6 @@ class Measurements:
         if not path.exists():
             random_lora(manifests.read(self._plan.artifact(self._plan.words())), path)
         return path
-
-
-def _told(name: str, value: Any) -> str:
-    """An option's value without this machine's paths: a refiner by its model, the folder above its target's."""
-    text = value[0] if isinstance(value, list) else str(value)
-    return Path(text).parts[-3:][0] if name == "refiner" else Path(text).name if os.sep in text else text
 
 
 def select(plan: Plan, only: Sequence[str], skip: Sequence[str]) -> tuple[list[Technique], list[Technique]]:

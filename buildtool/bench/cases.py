@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -43,15 +44,29 @@ class Case:
         words = [
             f"{peer.PEERS[self.peer].title if self.peer else key.backend} {key.precision} {key.width}x{key.height}"
         ]
+        words += [f"batch {key.batch}"] if key.batch > 1 else []
         words += [f"vae {key.vae}"] if key.vae != "default" else []
         if "freeu" in key.options:
             words += ["freeu " + ",".join(str(key.options["freeu"][name]) for name in ("s1", "s2", "b1", "b2"))]
         if "deepcache" in key.options and not self.peer:
             words += ["deepcache {interval}:{branch}".format(**key.options["deepcache"])]
-        for name, value in self.options.items():  # a refiner by its model, the folder above its target's
-            told = Path(str(value)).resolve().parts[-3:][0] if name == "refiner" else value
-            words += [f"{name.replace('_', '-')}={told}"]
+        if "lora" in key.options:
+            words += ["{} LoRA built in".format(len(key.options["lora"]))]
+        if not self.peer:
+            words += ["vae-tile {}x{}".format(*key.options["vae_tile"])] if "vae_tile" in key.options else []
+            words += ["with-encoder"] if "encoder" in key.options else []
+            for name in ("segments", "spare_tokens", "mode"):
+                words += [f"{name.replace('_', '-')} {key.options[name]}"] if name in key.options else []
+        words += [f"{name.replace('_', '-')}={told(name, value)}" for name, value in self.options.items()]
         return ", ".join(words)
+
+
+def told(name: str, value: Any) -> str:
+    """An option's value without the folders that it lies in; a refiner by its model, the folder above its target's."""
+    if isinstance(value, list):
+        return "+".join(told(name, each) for each in value)
+    text = str(value)
+    return Path(text).resolve().parts[-3:][0] if name == "refiner" else text.rpartition(os.sep)[2] or text
 
 
 @dataclass
@@ -59,15 +74,15 @@ class Result:
     """Seconds by the process's own timeline; a picture's are from the prompt to the saved file.
 
     ``load`` is from the process's start until it can be called, ``extra`` what its first call takes beyond a later one
-    (compiling, recording graphs, loading what loads late), ``first`` from the start to the first saved picture;
-    ``build`` what the compilers took that built the
-    artifact, added up; None if its code was there already.
+    (compiling, recording graphs, loading what loads late; None where all calls go through their stages together),
+    ``first`` from the start to the first saved picture; ``build`` what the compilers took that built the artifact,
+    added up; None if its code was there already.
     """
 
     case: Case
     build: float | None
     load: float = 0.0
-    extra: float = 0.0
+    extra: float | None = None
     first: float = 0.0
     seconds: list[float] = field(default_factory=list)
     steps_per_second: float = 0.0
@@ -81,9 +96,9 @@ class Result:
         return mean(self.seconds)
 
     @property
-    def spread(self) -> float:
-        """Standard deviation of a picture's seconds; 0 of a single one."""
-        return stdev(self.seconds) if len(self.seconds) > 1 else 0.0
+    def spread(self) -> float | None:
+        """Standard deviation of a picture's seconds; None of a single one."""
+        return stdev(self.seconds) if len(self.seconds) > 1 else None
 
     @property
     def judged(self) -> list[bool]:
@@ -148,12 +163,14 @@ def measure(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: P
     for span in report["timeline"]:
         spans.setdefault(span["name"], []).append((span["start"], span["end"]))
     batch = case.manifest.key.batch
-    saved = [end for _, end in spans["save"]]
+    saved = sorted(end for _, end in spans["save"])  # a call's files are written side by side
     # A call of the pipeline makes a batch of pictures; the first call warms up.
     calls = [saved[start : start + batch] for start in range(0, len(saved), batch)]
     load = spans["load" if case.peer else "open artifact"][0][1]
+    extra = None
     if case.options.get("memory", "resident") == "resident":
         seconds = [(call[-1] - before[-1]) / len(call) for before, call in itertools.pairwise(calls)]
+        extra = max(calls[0][-1] - load - mean(seconds) * len(calls[0]), 0.0)
     else:  # the whole file goes from stage to stage together, and no call is one of its own
         seconds = [(saved[-1] - load) / len(saved)]
     build = sum(s for stage, s in case.manifest.build_seconds.items() if stage.endswith(": compile"))
@@ -166,7 +183,7 @@ def measure(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: P
         case=case,
         build=None if case.peer else build or None,
         load=load,
-        extra=max(calls[0][-1] - load - mean(seconds) * len(calls[0]), 0.0),
+        extra=extra,
         first=saved[0],
         seconds=seconds,
         steps_per_second=steps * len(loops) / each / sum(end - start for start, end in loops),

@@ -58,10 +58,10 @@ def _row(result: Result, decibels: float, similarity: float) -> Row:
     return (
         result.case.name,
         f"{result.mean:.3f}",
-        f"{result.spread:.3f}",
+        "-" if result.spread is None else f"{result.spread:.3f}",
         f"{result.steps_per_second:.2f}",
         f"{result.load:.2f}",
-        f"{result.extra:.2f}",
+        "-" if result.extra is None else f"{result.extra:.2f}",
         f"{result.first:.2f}",
         "-" if result.build is None else f"{result.build:.0f}",
         human_size(peak["process"]),

@@ -123,6 +123,7 @@ def test_a_memory_mode_is_an_option_of_the_process_and_its_pictures_have_no_call
     result = cases.measure(case, [("a", 1), ("b", 2)], 1, tmp_path)
     assert asked[0][asked[0].index("--memory") + 1] == "staged" and case.name.endswith("memory=staged")
     assert result.seconds == [pytest.approx((1.0 + 3.0 + 2 * 0.5 - 0.8) / 3)], "all pictures, from the open artifact on"
+    assert result.spread is None and result.extra is None
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -148,7 +149,7 @@ def test_a_refiner_is_an_option_of_the_run_and_its_steps_count(tmp_path: Path, m
         # The base's loop and the refiner's, of a first call that takes longer and of two more.
         loops = [(0, 9), (9, 10), (11, 11.4), (11.4, 11.5), (12, 12.4), (12.4, 12.5)]
         spans = [("open artifact", (0, 0)), *(("denoise", loop) for loop in loops)]
-        spans += [("save", (end, end)) for end in (10, 11.5, 12.5)]
+        spans += [("save", (end, end)) for end in (10, 12.5, 11.5)]  # as threads end
         timeline = [{"name": name, "start": start, "end": end} for name, (start, end) in spans]
         images = [{"steps": 10}] * 3
         return {
@@ -166,6 +167,19 @@ def test_a_refiner_is_an_option_of_the_run_and_its_steps_count(tmp_path: Path, m
     assert words[words.index("--refiner") + 1] == str(second)
     lines = [json.loads(line) for line in (tmp_path / "case1.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(line["refine_at"] == 0.8 and "refiner" not in line for line in lines)
+
+
+def test_cases_are_told_apart_by_what_was_built_and_without_this_machines_folders(tmp_path: Path) -> None:
+    lora = [{"sha256": "0" * 64, "scale": 1.0}]
+    built = {"vae_tile": [192, 128], "encoder": True, "segments": 3, "lora": lora}
+    options = {"lora": ["/a/one.safetensors:0.5", "two.safetensors"], "image": "/a/b.png", "steps": 2}
+    plain, made = stand_in_manifest(), stand_in_manifest(batch=4, options=built)
+    assert cases.Case(1, tmp_path, plain, options).name == (
+        "torch fp32 64x64, lora=one.safetensors:0.5+two.safetensors, image=b.png, steps=2"
+    )
+    told = "torch fp32 64x64, batch 4, 1 LoRA built in, vae-tile 192x128, with-encoder, segments 3"
+    assert cases.Case(1, tmp_path, made, {}).name == told
+    assert cases.Case(1, tmp_path, made, {}, "eager").name == "diffusers eager fp32 64x64, batch 4, 1 LoRA built in"
 
 
 def test_a_folder_that_is_no_artifact(tmp_path: Path, capsys: Any) -> None:
