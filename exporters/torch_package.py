@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exporters import group_norm, inductor, layout
+from exporters import inductor, layout
 from exporters.base import Exporter, ExportError, Request, VariantCode
 from exporters.sdxl import TENSORS, Component, Configs, example_inputs, spec_of
 
@@ -74,6 +74,8 @@ class TorchExporter(Exporter):
         with _gpu_settings(request, component.name):
             program = torch.export.export(graph.module, (), kwargs=inputs, strict=False)
             if request.device != "cpu":
+                from exporters import group_norm  # where there is no Triton, torch warns of it
+
                 inductor.join_channels_last(program.graph)
                 group_norm.fuse(program.graph)
             used = _constants(program, stem)
