@@ -112,3 +112,8 @@ def agree(
     error = ((made.double() - wanted).norm() / wanted.norm()).item()
     assert error < {torch.float16: 4e-4, torch.bfloat16: 4e-3, torch.float32: 2e-6}[dtype], (error, x.shape)
     assert made.is_contiguous(memory_format=torch.channels_last) and made.dtype == dtype
+
+
+def test_a_build_for_the_cpu_hears_nothing_of_triton() -> None:
+    done = subprocess.run([sys.executable, "-c", "import exporters.torch_package"], capture_output=True, check=True)
+    assert done.stderr == b""
