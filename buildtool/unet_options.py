@@ -1,4 +1,4 @@
-"""``--freeu``, ``--deepcache``, ``--segments``, ``--no-negative-prompt``: what they say, and whether they can be done."""
+"""``--freeu``, ``--deepcache``, ``--segments``, ``--no-negative-prompt``: what they say, and if it can be done."""
 
 import math
 from collections.abc import Mapping
