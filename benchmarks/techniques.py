@@ -79,6 +79,7 @@ TECHNIQUES = (
     Technique(BASELINE),
     Technique("fewer-steps", run="steps=FEWER"),
     Technique("guidance-until", run="guidance-until=0.75"),
+    Technique("no-negative-prompt", "--no-negative-prompt"),
     Technique("scheduler", run="scheduler=dpmpp-2m"),
     Technique("deepcache", "--deepcache 3"),
     Technique("freeu", "--freeu 0.6,0.4,1.1,1.2"),

@@ -190,6 +190,11 @@ _deepcache_option = click.option(
 @_freeu_option
 @_deepcache_option
 @click.option(
+    "--no-negative-prompt",
+    is_flag=True,
+    help="For guidance without a negative prompt alone, which takes less then: its text is zeros.",
+)
+@click.option(
     "--segments",
     type=click.IntRange(min=2),
     metavar="N",

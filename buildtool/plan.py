@@ -23,7 +23,18 @@ UNSIZED = ("text_encoder", "text_encoder_2")
 # Settings of a VAE's config that its graph doesn't read: fine-tunes that differ in them share code.
 NOT_COMPILED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size")
 
-NOT_IN_CODE = ("golden", "encoder", "freeu", "deepcache", "segments", "vae_tile", "lora", "dynamic", "fp8")
+NOT_IN_CODE = (
+    "golden",
+    "encoder",
+    "freeu",
+    "deepcache",
+    "segments",
+    "vae_tile",
+    "lora",
+    "dynamic",
+    "fp8",
+    "no_negative_prompt",
+)
 """Options that shape no component's code, or not every component's."""
 
 
@@ -50,6 +61,8 @@ class Spec:
     """FreeU's ``s1,s2,b1,b2``."""
     deepcache: str | None = None
     """DeepCache's ``INTERVAL[:BRANCH]``."""
+    no_negative_prompt: bool = False
+    """Whether guided steps take no text but the prompt's."""
     segments: int | None = None
     """Parts that the UNet is compiled in; None for one piece."""
     lora: tuple[str, ...] = ()
@@ -110,6 +123,7 @@ class Plan:
         words += ["--with-encoder"] if spec.with_encoder else []
         for option, value in (("--freeu", spec.freeu), ("--deepcache", spec.deepcache)):
             words += [option, value] if value else []
+        words += ["--no-negative-prompt"] if spec.no_negative_prompt else []
         words += ["--segments", str(spec.segments)] if spec.segments is not None else []
         for text in spec.lora:
             words += ["--lora", text]
@@ -271,6 +285,8 @@ def _plan(
         options["freeu"] = unet_options.freeu(spec.freeu, source.configs["unet"])
     if spec.deepcache is not None:
         options["deepcache"] = unet_options.deepcache(spec.deepcache, source.configs["unet"])
+    if spec.no_negative_prompt:
+        options["no_negative_prompt"] = unet_options.no_negative_prompt(spec.segments, source.configs["pipeline"])
     if spec.segments is not None:
         options["segments"] = unet_options.segments(spec.segments, source.configs["unet"])
     tile = _tile(spec, width, height, factor)
@@ -366,8 +382,8 @@ def _code_options(row: registry.Backend, options: Mapping[str, Any], weights: st
 
 
 def _unet_code_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What of FreeU, DeepCache and segments is compiled; how often the whole UNet runs is the runtime's business."""
-    made = {name: options[name] for name in ("freeu", "segments") if name in options}
+    """What of the UNet's options is compiled; how often the whole UNet runs is the runtime's business."""
+    made = {name: options[name] for name in ("freeu", "segments", "no_negative_prompt") if name in options}
     return {**made, "deepcache": options["deepcache"]["branch"]} if "deepcache" in options else made
 
 

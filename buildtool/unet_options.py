@@ -1,4 +1,4 @@
-"""``--freeu``, ``--deepcache`` and ``--segments``: what they say, and whether a checkpoint's UNet can have them."""
+"""``--freeu``, ``--deepcache``, ``--segments``, ``--no-negative-prompt``: what they say, and if it can be done."""
 
 import math
 from collections.abc import Mapping
@@ -63,6 +63,26 @@ def deepcache(text: str, unet: Mapping[str, Any]) -> dict[str, int]:
             f"Try --deepcache {int(interval)}",
         )
     return {"interval": int(interval), "branch": chosen}
+
+
+def no_negative_prompt(segments: int | None, pipeline: Mapping[str, Any]) -> bool:
+    """True, if guided steps can do without a text for the negative prompt.
+
+    Args:
+        segments: what ``--segments`` says.
+        pipeline: what model_index.json says.
+
+    Raises:
+        SdxlError: they can't.
+    """
+    if not pipeline.get("force_zeros_for_empty_prompt", True):
+        raise SdxlError(
+            "--no-negative-prompt is for models whose missing negative prompt is zeros; this one's is an empty text.",
+            "Leave it out.",
+        )
+    if segments is not None:
+        raise SdxlError("--no-negative-prompt and --segments don't go together.", "Leave one of them out.")
+    return True
 
 
 def segments(count: int, unet: Mapping[str, Any]) -> int:

@@ -14,7 +14,8 @@ class FusedAttention:
     """A diffusers attention processor for attentions that :func:`join_attention` has changed.
 
     Hidden states (B, L, C) and, for cross-attention, every block's k and v of the text (B, T, sum of 2C), of which
-    this attention takes its own columns; gives (B, L, C).
+    this attention takes its own columns; gives (B, L, C). Of fewer texts than B, they are those of the last rows: the
+    first ones have a text of zeros. Its k and v are zeros, and so is what is attended to.
     """
 
     def __call__(
@@ -31,16 +32,18 @@ class FusedAttention:
         batch, length, _ = hidden_states.shape
 
         def heads(x: Tensor) -> Tensor:
-            return x.view(batch, -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2)
+            return x.view(x.shape[0], -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2)
 
+        without = 0
         if encoder_hidden_states is None:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
-            q = attn.to_q(hidden_states)
+            without = batch - encoder_hidden_states.shape[0]
+            q = attn.to_q(hidden_states[without:])
             k, v = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
         out = F.scaled_dot_product_attention(heads(q), heads(k), heads(v))
-        out = out.transpose(1, 2).reshape(batch, length, -1)
-        return attn.to_out[0](out)
+        out = attn.to_out[0](out.transpose(1, 2).reshape(batch - without, length, -1))
+        return torch.cat([attn.to_out[0].bias.expand(without, length, -1), out]) if without else out
 
 
 class Columns(nn.Module):

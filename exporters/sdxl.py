@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from exporters import clip, deepcache, fp8, freeu, fusion, segments, vae_attention
 from exporters.base import ExportError, Request, TensorSpec
@@ -29,6 +30,7 @@ Tensors = Mapping[str, Tensor]
 class UNetGraph(nn.Module):
     """The UNet with plain tensors in and out, as every backend compiles it.
 
+    Where ``encoder_hidden_states`` has fewer rows than ``sample``, the first rows' text is zeros.
     With a ``branch``, it gives the feature of :mod:`exporters.deepcache` too, or takes it and runs the layers above.
     """
 
@@ -47,6 +49,7 @@ class UNetGraph(nn.Module):
         feature: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
+        encoder_hidden_states = self._text(encoder_hidden_states, sample.shape[0])
         if self.branch is not None:
             made = deepcache.run(self.model, self.branch, sample, timestep, encoder_hidden_states, conditions, feature)
             return tuple(tensor.contiguous() for tensor in made)
@@ -55,21 +58,19 @@ class UNetGraph(nn.Module):
         )[0]
         return (noise.contiguous(),)
 
+    def _text(self, encoder_hidden_states: Tensor, batch: int) -> Tensor:
+        """The text as the model takes it: with rows of zeros before those that are given."""
+        without = batch - encoder_hidden_states.shape[0]
+        return F.pad(encoder_hidden_states, (0, 0, 0, 0, without, 0)) if without else encoder_hidden_states
+
 
 class JoinedUNetGraph(UNetGraph):
     """The same for a UNet whose :mod:`products are joined <exporters.fusion>`."""
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor,
-        time_ids: Tensor,
-        feature: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        keys_and_values = self.model.to_kv(encoder_hidden_states)  # type: ignore[operator]
-        return super().forward(sample, timestep, keys_and_values, text_embeds, time_ids, feature)
+    def _text(self, encoder_hidden_states: Tensor, batch: int) -> Tensor:
+        """Every block's keys and values."""
+        made: Tensor = self.model.to_kv(encoder_hidden_states)  # type: ignore[operator]
+        return made
 
 
 class VaeDecoderGraph(nn.Module):
@@ -204,7 +205,9 @@ def _text_inputs(configs: Configs, request: Request, variant: str, dtype: torch.
 
 def _unet_inputs(configs: Configs, request: Request, variant: str, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
     unet = configs["unet"]
-    batch = request.batch * (2 if variant.removesuffix(deepcache.SHALLOW) == "cfg" else 1)
+    guided = variant.removesuffix(deepcache.SHALLOW) == "cfg"
+    batch = request.batch * (2 if guided else 1)
+    texts = request.batch if request.options.get("no_negative_prompt") else batch
     ids = 6 if "text_encoder" in configs else 5  # a refiner's: original size, crop and aesthetic score
     pooled = unet["projection_class_embeddings_input_dim"] - ids * unet["addition_time_embed_dim"]
     latents = _latent_shape(configs, request, batch)
@@ -215,7 +218,7 @@ def _unet_inputs(configs: Configs, request: Request, variant: str, dtype: torch.
     return (
         spec("sample", latents, dtype),
         spec("timestep", (1,), torch.float32),
-        spec("encoder_hidden_states", (batch, PROMPT_TOKENS, unet["cross_attention_dim"]), dtype),
+        spec("encoder_hidden_states", (texts, PROMPT_TOKENS, unet["cross_attention_dim"]), dtype),
         spec("text_embeds", (batch, pooled), dtype),
         spec("time_ids", (batch, ids), dtype),
         *feature,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from buildtool.store.manifest import TensorSpec
-from runtimes import deepcache
+from runtimes import deepcache, no_negative
 from runtimes.artifact import Artifact
 from runtimes.base import Engine
 
@@ -130,8 +130,13 @@ class Denoiser:
             return torch.cat([part, part[-1:].expand(batch - part.shape[0], *part.shape[1:])])
 
         laid_out: dict[str, Tensor] = {}
+        rows_of = {spec.name: spec.shape[0] for spec in engine.inputs}
         for name, (negative, positive) in pairs.items():
             rows = [negative, positive] if variant == "cfg" else [positive]
+            if rows_of[name] < len(rows) * batch:  # of a UNet whose negative prompt is zeros
+                if negative.any():
+                    raise no_negative.refused(self._artifact.manifest)
+                rows = [positive]
             joined = torch.cat([padded(tensor) for tensor in rows])
             laid_out[name] = joined.to(device=self._artifact.device, dtype=dtypes[name]).contiguous()
         return laid_out

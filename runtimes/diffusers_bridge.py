@@ -46,6 +46,11 @@ def attach(pipe: Any, path: str | os.PathLike[str], *, vae: bool = True) -> Any:
             f"{path} was built with DeepCache, which needs to know a step's number; a diffusers pipeline doesn't tell.",
             f"Build without: {deepcache.without(artifact.manifest)}",
         )
+    if key.options.get("no_negative_prompt"):
+        raise SdxlError(
+            f"{path} was built without a negative prompt; a diffusers pipeline gives a text for one at every step.",
+            "Build it without --no-negative-prompt.",
+        )
     ours, theirs = key.configs["unet"], pipe.unet.config
     for field in ("block_out_channels", "cross_attention_dim", "in_channels"):
         if _plain(ours[field]) != _plain(theirs[field]):

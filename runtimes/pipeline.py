@@ -14,7 +14,19 @@ from torch import Tensor
 from buildtool.store.errors import SdxlError
 from buildtool.store.lora import Lora
 from buildtool.store.manifest import Manifest
-from runtimes import deepcache, encode, image_to_image, images, memory, refiner, schedulers, stages, starts, steps
+from runtimes import (
+    deepcache,
+    encode,
+    image_to_image,
+    images,
+    memory,
+    no_negative,
+    refiner,
+    schedulers,
+    stages,
+    starts,
+    steps,
+)
 from runtimes.artifact import Artifact
 from runtimes.base import Clock, Size
 from runtimes.denoiser import Conditioning, Denoiser
@@ -173,6 +185,8 @@ class Pipeline:
         cached = deepcache.interval(artifact.manifest) > 1
         if guidance_scale > 1:
             deepcache.check(artifact.manifest, guidance_until)
+        for text in (negative_prompt, negative_prompt_2):
+            no_negative.check(artifact.manifest, text)
         refiner.require_start(artifact.manifest, image)
         encodes = image is not None and latents is None and not image_to_image.are_latents(artifact, image)
         if encodes:

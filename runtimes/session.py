@@ -14,7 +14,7 @@ import msgspec
 from buildtool.store import lora
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Manifest
-from runtimes import deepcache, memory, names, refiner, schedulers, sizes, timeline
+from runtimes import deepcache, memory, names, no_negative, refiner, schedulers, sizes, timeline
 from runtimes.jobs import Job, Parameters
 
 Size = tuple[int, int]
@@ -98,6 +98,7 @@ class Planner:
             width, height = self._size(self._options.width, self._options.height)
         else:
             width, height = self._size(job.width, job.height)
+        no_negative.check(self._manifest(width, height), negative)
         image = first("image")
         strength = None if image is None else first("strength")
         embedding = self._embedding(first("embedding") or (), (width, height))

@@ -69,7 +69,20 @@ def test_segments_and_deepcache_are_refused_together() -> None:
         one(segments=2, deepcache="3")
 
 
-@pytest.mark.parametrize("options", [{"freeu": "0.9,0.2,1.3,1.4"}, {"deepcache": "3:4"}, {"segments": 3}])
+def test_no_negative_prompt_changes_the_unets_code_alone() -> None:
+    plain, other = one(), one(no_negative_prompt=True)
+    assert {n.rpartition(".")[0] for n in differences(plain.key, other.key)} == {"options"}
+    assert changed(plain, other) == {"unet"}
+    with pytest.raises(SdxlError, match="--no-negative-prompt and --segments don't go together"):
+        one(no_negative_prompt=True, segments=3)
+    with pytest.raises(SdxlError, match="this one's is an empty text"):
+        one(no_negative_prompt=True, model="tiny-refiner")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"freeu": "0.9,0.2,1.3,1.4"}, {"deepcache": "3:4"}, {"segments": 3}, {"no_negative_prompt": True}],
+)
 def test_the_command_builds_the_same_key(options: dict[str, Any]) -> None:
     from buildtool.cli import torch_command
 
@@ -77,7 +90,7 @@ def test_the_command_builds_the_same_key(options: dict[str, Any]) -> None:
     params = torch_command.make_context("torch", list(planned.command[2:])).params
     (again,) = plan.plan(Spec("torch", **{k: v for k, v in params.items() if k not in ("dry_run", "as_json")}))
     assert again.key == planned.key
-    assert not {"--freeu", "--deepcache", "--segments"} & set(one().command)
+    assert not {"--freeu", "--deepcache", "--segments", "--no-negative-prompt"} & set(one().command)
 
 
 @pytest.mark.parametrize("text", ["", "0.9,0.2,1.3", "0.9,0.2,1.3,1.4,1", "a,b,c,d", "0,0.2,1.3,1.4", "nan,1,1,1"])

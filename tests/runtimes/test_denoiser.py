@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import TensorSpec
 from runtimes.denoiser import Conditioning, Denoiser
 
@@ -35,6 +37,33 @@ class Looking:
     def __call__(self, **inputs: Tensor) -> tuple[Tensor]:
         self.seen.append(inputs)
         return (inputs["sample"],)
+
+
+def test_a_unet_that_takes_no_negative_text_gets_the_prompts_alone() -> None:
+    class Guided(Looking):
+        """Its engine takes two samples and one text, and gives the first sample's noise twice."""
+
+        manifest = SimpleNamespace(key=SimpleNamespace(options={}), command=("sdxl-build", "torch"))
+
+        def __init__(self) -> None:
+            super().__init__()
+            twice = {"sample": (2, 4, 2, 2), "text_embeds": (2, 8), "time_ids": (2, 6)}
+            self.inputs = tuple(
+                TensorSpec(name=s.name, shape=twice.get(s.name, s.shape), dtype=s.dtype, stride=s.stride)
+                for s in self.inputs
+            )
+
+    artifact: Any = Guided()
+    denoiser = Denoiser(artifact)
+    embeds, pooled, ids = torch.ones(1, 77, 8), torch.ones(1, 8), torch.ones(1, 6)
+    zeros, none = torch.zeros(1, 77, 8), torch.zeros(1, 8)
+    denoiser.prepare(Conditioning(embeds, pooled, ids, zeros, none, ids), torch.tensor([1.0]), guided=1)
+    denoiser(torch.zeros(1, 4, 2, 2), 0)
+    (seen,) = artifact.seen
+    assert torch.equal(seen["encoder_hidden_states"], embeds)
+    assert torch.equal(seen["text_embeds"], torch.cat([none, pooled])) and seen["time_ids"].shape == (2, 6)
+    with pytest.raises(SdxlError, match=r"without a negative prompt, and takes none.*or build: sdxl-build torch"):
+        denoiser.prepare(Conditioning(embeds, pooled, ids, embeds, none, ids), torch.tensor([1.0]), guided=1)
 
 
 def test_every_steps_time_is_aligned_for_compiled_code() -> None:

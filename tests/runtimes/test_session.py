@@ -43,6 +43,16 @@ def planned(tmp_path: Path) -> tuple[Pipeline, Session, list[Picture]]:
     return pipeline, Session(pipeline, lambda title: nullcontext()), planner.plan([Job(prompt=p) for p in "abc"])
 
 
+@pytest.mark.parametrize("text", ["ugly", ""])
+def test_a_negative_prompt_is_refused_where_the_artifact_takes_none(tmp_path: Path, text: str) -> None:
+    engine = stand_in_artifact(tmp_path / "artifact", options={"no_negative_prompt": True})
+    options = Job(prompt="", seed=1, steps=3, guidance=5.0, guidance_until=1.0, num_images=1)
+    planner = Planner([manifests.read(engine)], options, Names(str(tmp_path / "out") + "/"))
+    assert planner.plan([Job(prompt="a")])
+    with pytest.raises(SdxlError, match=r"takes none, not even an empty one.* or build: sdxl-build torch"):
+        planner.plan([Job(prompt="a", negative_prompt=text)])
+
+
 def test_a_file_is_written_while_the_next_picture_is_computed(
     planned: tuple[Pipeline, Session, list[Picture]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
