@@ -74,4 +74,5 @@ def postprocess(pixels: Tensor, output_type: OutputType) -> Any:
     from PIL import Image
 
     # Rounded where the pixels are: a quarter of the bytes comes to the host, and no core is busy with them.
-    return [Image.fromarray(picture) for picture in (rows * 255).round().to(torch.uint8).cpu().numpy()]
+    made = (rows * 255).round().to(torch.uint8).contiguous()  # channels last: Pillow copies anything else byte by byte
+    return [Image.fromarray(picture) for picture in made.cpu().numpy()]
