@@ -124,10 +124,9 @@ def _compile(program: torch.export.ExportedProgram, file: Path, request: Request
     settings: dict[str, Any] = {
         "aot_inductor.package_constants_in_so": False,
         "cpp.dynamic_threads": True,  # else the builder's core count is in the code
+        # The wrapper only calls kernels, which are optimized: optimized too, it would just build longer.
+        "aot_inductor.compile_wrapper_opt_level": "O0",
     }
-    if request.device != "cpu":
-        # The wrapper only launches kernels, and a CUDA graph replays those: optimized, it would just build longer.
-        settings["aot_inductor.compile_wrapper_opt_level"] = "O0"
     try:
         with _portable(request.target), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
