@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exporters import inductor, layout
+from exporters import headers, inductor, layout
 from exporters.base import Exporter, ExportError, Request, VariantCode
 from exporters.sdxl import TENSORS, Component, Configs, example_inputs, spec_of
 
@@ -128,7 +128,7 @@ def _compile(program: torch.export.ExportedProgram, file: Path, request: Request
         "aot_inductor.compile_wrapper_opt_level": "O0",
     }
     try:
-        with _portable(request.target), warnings.catch_warnings():
+        with _portable(request.target), headers.kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
             torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
     except (OSError, MemoryError):

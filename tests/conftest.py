@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from buildtool.store import interpreter, machine
+from exporters import headers
 
 # A runner that was started in the background ignores Ctrl-C, and its children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,6 +34,16 @@ def store_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(kept)
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "artifacts"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def precompiled_headers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The C++ headers that every build for the CPU precompiles, ten seconds of a core, are made once a session."""
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "headers"
+        patch.setenv(headers.VARIABLE, str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")
