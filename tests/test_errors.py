@@ -306,15 +306,23 @@ def test_a_disk_that_fills_up_while_compiling(
 
 
 @pytest.mark.slow
-def test_a_compiler_that_fails_is_quoted(micro_model: Path, tmp_path: Path) -> None:
-    """A stand-in compiler: says its version, and refuses every file."""
+def test_a_compiler_that_fails_is_quoted(
+    micro_model: Path, micro_artifact: Path, store_root: Path, tmp_path: Path
+) -> None:
+    """A stand-in compiler: says its version, and refuses every file. All code but a text encoder's is there."""
+    for name, component in manifest.read(micro_artifact).components.items():
+        code = Path("v1/code") / component.code_key
+        if name != "text_encoder":
+            shutil.copytree(store_root / code, tmp_path / "store" / code)
     fake = tmp_path / "g++"
     fake.write_text(
         '#!/bin/sh\ncase "$1" in --version|-dump*) exec g++ "$@";; esac\necho "x.cpp:1: error: no thanks" >&2; exit 1'
     )
     fake.chmod(0o755)
     words = ("torch", "--model", micro_model, "--gpu", "cpu", "--artifacts", tmp_path / "store")
-    line = one_line(call(*BUILD, *words, CXX=str(fake)), "The compiler failed on", "To repeat it: sdxl-build torch")
+    line = one_line(
+        call(*BUILD, *words, CXX=str(fake)), "The compiler failed on text_encoder", "To repeat it: sdxl-build torch"
+    )
     log = Path(line.partition("The compiler's words: ")[2].split(" To repeat")[0].rstrip("."))
     assert "no thanks" in log.read_text()
     log.unlink()
