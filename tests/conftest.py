@@ -3,6 +3,7 @@
 ``SDXL_TEST_ARTIFACTS`` names a store to keep them in between sessions.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -58,6 +59,25 @@ def sdxl_build(store_root: Path) -> Builder:
         return {**built, "path": Path(built["path"])}
 
     return build
+
+
+@pytest.fixture(scope="session")
+def build_guided(store_root: Path) -> Callable[..., Path]:
+    """``sdxl-build torch`` in this process, without the variants that run without guidance: half of the UNet's work."""
+
+    def build_it(model: Path, **asked: Any) -> Path:
+        from buildtool.build import build
+        from buildtool.plan import Spec, plan
+        from buildtool.progress import Progress
+        from exporters import sdxl
+
+        rows = [dataclasses.replace(c, variants=c.variants[:1]) if c.name == "unet" else c for c in sdxl.COMPONENTS]
+        with pytest.MonkeyPatch.context() as patch, Progress() as progress:
+            patch.setattr(sdxl, "COMPONENTS", tuple(rows))
+            (planned,) = plan(Spec("torch", model=str(model), gpu="cpu", artifacts=store_root, **asked))
+            return build(planned, progress).path
+
+    return build_it
 
 
 @pytest.fixture(scope="session")
