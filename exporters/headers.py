@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import shutil
 import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from exporters.base import ExportError
 
 VARIABLE = "SDXL_HEADERS"
 """Names the folder. The headers take 270 MB and ten seconds of a core; without it, each build makes them anew."""
@@ -17,6 +20,9 @@ def kept() -> Iterator[None]:
 
     They are made where they always are, below the build's own temporary folder, and linked when they are whole: a
     compiler that is killed leaves none in the folder. torch names them by their flags, their text and the compiler.
+
+    Raises:
+        ExportError: there can be no such folder.
     """
     named = os.environ.get(VARIABLE)
     if not named:
@@ -26,7 +32,12 @@ def kept() -> Iterator[None]:
 
     folder, here = Path(named), Path(codecache._HEADER_DIR)
     make = codecache._precompile_header
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(
+            f"{VARIABLE} names {folder}, where no folder can be made: {error.strerror}.", f"Change or unset {VARIABLE}."
+        ) from error
     here.mkdir(parents=True, exist_ok=True)
     for header in folder.glob("*.gch"):
         _link(header, here / header.name)
@@ -41,6 +52,14 @@ def kept() -> Iterator[None]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Where there is no such link, or none can be made (another disk), the compiler makes its own."""
-    with contextlib.suppress(OSError):
-        os.link(source, target)
+    """A whole file or none; a copy, where the folder is on another disk."""
+    with contextlib.suppress(FileExistsError):
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            raise
+        except OSError:
+            if not target.exists():
+                part = target.with_suffix(f".{os.getpid()}")
+                shutil.copyfile(source, part)
+                part.replace(target)

@@ -1,11 +1,14 @@
 """Precompiled headers that one build keeps for the next; the compiler is a stand-in."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from exporters import headers
+from exporters.base import ExportError
 
 
 @pytest.fixture
@@ -55,6 +58,25 @@ def test_half_a_header_is_not_kept(tmp_path: Path, made: list[str], monkeypatch:
     assert list((tmp_path / "kept").iterdir()) == []
     build(tmp_path, "a.h")
     assert made == ["a.h"]
+
+
+def test_headers_on_another_disk_are_copied(tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setenv(headers.VARIABLE, str(tmp_path / "kept"))
+    for header in ("a.h", "b.h", "a.h"):
+        build(tmp_path, header)
+    assert made == ["a.h", "b.h"]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["a.h.gch", "b.h.gch"]
+
+
+def test_a_folder_that_cannot_be_is_told(tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(headers.VARIABLE, str(tmp_path / "file" / "kept"))
+    with pytest.raises(ExportError, match=r"SDXL_HEADERS names .*kept, where no folder can be made: Not a directory"):
+        build(tmp_path, "a.h")
 
 
 def test_without_a_folder_each_build_makes_its_own(
