@@ -51,7 +51,11 @@ class Pool:
         cores = len(os.sched_getaffinity(0))
         self._at_once = at_once or cores
         self._progress = progress
-        self._environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // 2)), **os.environ}
+        self._environment = {
+            "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // 2)),
+            "AOT_INDUCTOR_ENABLE_LINE_TABLES": "0",  # a debugger's: the exporter would strip them
+            **os.environ,
+        }
         if gpu_index is not None:
             self._environment["CUDA_VISIBLE_DEVICES"] = visible_device(gpu_index)
         self._waiting: list[Job] = []

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exporters import inductor, layout
+from exporters import headers, inductor, layout
 from exporters.base import Exporter, ExportError, Request, VariantCode
 from exporters.sdxl import TENSORS, Component, Configs, example_inputs, spec_of
 
@@ -126,12 +126,11 @@ def _compile(program: torch.export.ExportedProgram, file: Path, request: Request
     settings: dict[str, Any] = {
         "aot_inductor.package_constants_in_so": False,
         "cpp.dynamic_threads": True,  # else the builder's core count is in the code
+        # The wrapper only calls kernels, which are optimized: optimized too, it would just build longer.
+        "aot_inductor.compile_wrapper_opt_level": "O0",
     }
-    if request.device != "cpu":
-        # The wrapper only launches kernels, and a CUDA graph replays those: optimized, it would just build longer.
-        settings["aot_inductor.compile_wrapper_opt_level"] = "O0"
     try:
-        with _portable(request.target), warnings.catch_warnings():
+        with _portable(request.target), headers.kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
             torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
     except (OSError, MemoryError):

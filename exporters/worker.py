@@ -6,6 +6,7 @@ leash: when it closes, because the builder is done or dead, the worker and its c
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ def main(job: Path) -> int:
     part that is done, if the compiler tells. Returns the exit code.
     """
     threading.Thread(target=_end_with_builder, daemon=True).start()
+    gc.set_threshold(50_000, 50, 50)  # a compiler's graphs are alive to the end: looking through them is a tenth of it
     asked: dict[str, Any] = json.loads(job.read_bytes())
     result = job.with_suffix(".result")
     from exporters import registry, sdxl

@@ -3,6 +3,7 @@
 ``SDXL_TEST_ARTIFACTS`` names a store to keep them in between sessions.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from buildtool.store import interpreter, machine
+from exporters import headers
 
 # A runner that was started in the background ignores Ctrl-C, and its children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,6 +37,16 @@ def store_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "artifacts"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def precompiled_headers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The C++ headers that every build for the CPU precompiles, ten seconds of a core, are made once a session."""
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "headers"
+        patch.setenv(headers.VARIABLE, str(folder))
+        yield
+
+
 @pytest.fixture(scope="session")
 def sdxl_build(store_root: Path) -> Builder:
     """``sdxl-build BACKEND --gpu cpu …`` in a process of its own: what --json said of the one artifact."""
@@ -47,6 +59,25 @@ def sdxl_build(store_root: Path) -> Builder:
         return {**built, "path": Path(built["path"])}
 
     return build
+
+
+@pytest.fixture(scope="session")
+def build_guided(store_root: Path) -> Callable[..., Path]:
+    """``sdxl-build torch`` in this process, without the variants that run without guidance: half of the UNet's work."""
+
+    def build_it(model: Path, **asked: Any) -> Path:
+        from buildtool.build import build
+        from buildtool.plan import Spec, plan
+        from buildtool.progress import Progress
+        from exporters import sdxl
+
+        rows = [dataclasses.replace(c, variants=c.variants[:1]) if c.name == "unet" else c for c in sdxl.COMPONENTS]
+        with pytest.MonkeyPatch.context() as patch, Progress() as progress:
+            patch.setattr(sdxl, "COMPONENTS", tuple(rows))
+            (planned,) = plan(Spec("torch", model=str(model), gpu="cpu", artifacts=store_root, **asked))
+            return build(planned, progress).path
+
+    return build_it
 
 
 @pytest.fixture(scope="session")
@@ -63,14 +94,8 @@ def micro_artifact(sdxl_build: Builder, micro_model: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def micro_wide_artifact(sdxl_build: Builder, micro_model: Path, micro_artifact: Path) -> Path:
-    """The micro model at 96x64, batch 1."""
-    return sdxl_build(str(micro_model), "--resolution", "96x64")["path"]
-
-
-@pytest.fixture(scope="session")
-def micro_pair_artifact(sdxl_build: Builder, micro_model: Path, micro_artifact: Path) -> Path:
-    """The micro model at 64x64, batch 2."""
-    return sdxl_build(str(micro_model), "--batch", "2")["path"]
+    """The micro model at 96x64, batch 2: the tests of a second resolution and those of batches take one for both."""
+    return sdxl_build(str(micro_model), "--resolution", "96x64", "--batch", "2")["path"]
 
 
 @pytest.fixture(scope="session")

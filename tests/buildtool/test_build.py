@@ -164,19 +164,31 @@ def test_a_build_whose_numbers_are_wrong_is_not_kept(
     assert not list((root / "v1").glob("micro/*/*"))
 
 
-def test_builds_killed_at_any_moment_leave_no_broken_hit_and_two_at_once_compile_once(tmp_path: Path) -> None:
-    """Two real builds are killed, one in the middle and one near its end; then two at once succeed, on one's work."""
+def test_builds_killed_at_any_moment_leave_no_broken_hit_and_two_at_once_compile_once(
+    micro_artifact: Path, store_root: Path, tmp_path: Path
+) -> None:
+    """Two real builds are killed, one in the middle and one when some of its code is there; then two at once succeed,
+    on one's work. The UNet's code, which takes longest, is there from the start."""
     folder = micro.write(tmp_path / "model")
     root = tmp_path / "store"
+    code = Path("v1/code")
+    unet = code / manifest.read(micro_artifact).components["unet"].code_key
+    shutil.copytree(store_root / unet, root / unet)
     command = [*BUILD, "--model", str(folder), "--artifacts", str(root), "--json"]
-    moments = random.Random(3)
-    for low, high in ((3.0, 9.0), (12.0, 30.0)):
+    for some_code in (False, True):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        time.sleep(moments.uniform(low, high))
+        if some_code:
+            deadline = time.monotonic() + 120
+            while len(list((root / code).iterdir())) < 2 and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+        else:
+            time.sleep(random.Random(3).uniform(3.0, 9.0))
+        assert process.poll() is None
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         for found, _ in Store(root).artifacts():
             assert verify_files(found) == []
+    assert 2 <= len(list((root / code).iterdir())) < 4  # else the second one was killed too early or too late
     deadline = time.monotonic() + 30
     while (left := _workers(root)) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -186,7 +198,7 @@ def test_builds_killed_at_any_moment_leave_no_broken_hit_and_two_at_once_compile
     assert [process.returncode for process in both] == [0, 0], told
     one, two = (json.loads(out)["artifacts"][0] for out, _ in told)
     assert one["path"] == two["path"]
-    assert not set(one["compiled"]) & set(two["compiled"]) and [] in (one["compiled"], two["compiled"])
+    assert [] in (one["compiled"], two["compiled"]) and one["compiled"] != two["compiled"]
     assert sum("waiting" in err for _, err in told) == 1
     assert verify_files(Path(one["path"])) == []
     assert not list((root / "v1" / "staging").iterdir())

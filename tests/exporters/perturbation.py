@@ -33,17 +33,20 @@ def check(component: str, artifact_folder: Path, model: Path, attach: Attach) ->
 
     base = [t.clone() for t in reference(**inputs)]
     mattered = 0
+    restored: dict[str, Tensor] = {}  # of the tensor before: an engine that is made anew is made once for both
     for name, original in tensors.items():
         changed = original + 0.5 * original.std().clamp(min=0.1) * torch.randn(original.shape, generator=generator)
         spelled = next(n for n in (f"model.{name}", f"model.{name.removeprefix('text_model.')}") if n in parameters)
         parameters[spelled].copy_(changed)
-        engine = attach(engine, _holding(described, row.variants[-1], name, {**tensors, name: changed}))
+        holding = _holding(described, row.variants[-1], name, {**tensors, name: changed})
+        engine = attach(engine, {**restored, **holding})
         wanted, made = reference(**inputs), engine(**inputs)
         for before, want, got in zip(base, wanted, made, strict=True):
             assert float((got - want).norm() / want.norm()) < 1e-4, name
             mattered += float((want - before).norm() / before.norm()) > 1e-3
         parameters[spelled].copy_(original)
-        engine = attach(engine, _holding(described, row.variants[-1], name, tensors))
+        restored = _holding(described, row.variants[-1], name, tensors)
+    engine = attach(engine, restored)
     for before, got in zip(base, engine(**inputs), strict=True):
         assert float((got - before).norm() / before.norm()) < 1e-4
     assert mattered > len(tensors) * 0.4  # the rest: an encoder nobody asked, biases that softmax cancels

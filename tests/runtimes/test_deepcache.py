@@ -3,7 +3,7 @@
 Bound: latents differ by at most 1e-3 of their standard deviation (max abs).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,10 +161,10 @@ def test_an_artifact_without_it_runs_the_whole_unet_in_every_step(micro_onnx_art
 
 
 @pytest.mark.slow
-def test_by_the_torch_backend(sdxl_build: Builder, micro_model: Path, micro_artifact: Path) -> None:
+def test_by_the_torch_backend(build_guided: Callable[..., Path], micro_model: Path, micro_artifact: Path) -> None:
     """The innermost cut of the model, with FreeU; cuts at every place are compared in tests/exporters."""
-    options = ("--deepcache", "2:3", "--freeu", ",".join(map(str, FREEU.values())))
-    ours, theirs = runtimes.load(sdxl_build(str(micro_model), *options)["path"]), diffusers_pipeline(micro_model)
+    built = build_guided(micro_model, deepcache="2:3", freeu=",".join(map(str, FREEU.values())))
+    ours, theirs = runtimes.load(built), diffusers_pipeline(micro_model)
     call: dict[str, Any] = {"prompt": "a large red circle on the left", "num_inference_steps": 20}
     call |= {"output_type": "latent", "negative_prompt": "green, striped"}
     theirs.enable_freeu(**FREEU)

@@ -14,7 +14,6 @@ import runtimes
 from buildtool import models
 from runtimes import image_to_image, schedulers
 from runtimes.pipeline import Pipeline
-from tests.conftest import Builder
 from tests.runtimes.test_parity import difference, seeds
 
 pytestmark = pytest.mark.slow
@@ -23,33 +22,25 @@ BOUND = 1e-3
 CALL = {"prompt": "a large red circle", "num_inference_steps": 10, "output_type": "latent"}
 
 
-def from_diffusers() -> Any:
+def from_diffusers(folder: Path = models.TINY) -> Any:
     from diffusers import StableDiffusionXLImg2ImgPipeline
 
     pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(
-        models.TINY, dtype=torch.float32, add_watermarker=False, requires_aesthetics_score=False
+        folder, dtype=torch.float32, add_watermarker=False, requires_aesthetics_score=False
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Any:
-    """With random weights: the trained ones amplify rounding, eager's too (see test_parity.random_pair)."""
-    pipeline = from_diffusers()
-    source = models.resolve("random:tiny:3")
-    for name in source.weights:
-        module = getattr(pipeline, name)
-        own = module.state_dict()
-        module.load_state_dict(
-            {(k if k in own else k.removeprefix("text_model.")): v for k, v in source.tensors(name).items()}
-        )
-    return pipeline
+def theirs(micro_model: Path) -> Any:
+    """The micro model, whose random weights amplify no rounding: the trained ones do, eager's too."""
+    return from_diffusers(micro_model)
 
 
 @pytest.fixture(scope="module")
-def ours(sdxl_build: Builder, tiny_encoder_artifact: Path) -> Pipeline:
-    return runtimes.load(sdxl_build("random:tiny:3", "--with-encoder")["path"])
+def ours(micro_encoder_artifact: Path) -> Pipeline:
+    return runtimes.load(micro_encoder_artifact)
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +57,20 @@ def picture() -> Image.Image:
     return made
 
 
+@pytest.fixture(scope="module")
+def small(picture: Image.Image) -> Image.Image:
+    """What the micro model takes."""
+    return picture.crop((20, 50, 84, 114))
+
+
 def compare(ours: Pipeline, theirs: Any, numbers: tuple[int, ...] = (1,), **arguments: Any) -> None:
     reference = theirs(generator=seeds(*numbers), **{**CALL, **arguments}).images
     assert difference(ours(generator=seeds(*numbers), **{**CALL, **arguments}).images, reference) <= BOUND
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
-def test_strength(ours: Pipeline, theirs: Any, picture: Image.Image, strength: float) -> None:
-    compare(ours, theirs, image=picture, strength=strength)
+def test_strength(ours: Pipeline, theirs: Any, small: Image.Image, strength: float) -> None:
+    compare(ours, theirs, image=small, strength=strength)
 
 
 def test_a_pictures_latents_with_the_trained_weights(trained: Pipeline, picture: Image.Image) -> None:
@@ -92,32 +89,32 @@ def test_strength_decides_how_far_from_the_picture(trained: Pipeline, picture: I
 
 
 @pytest.mark.parametrize("name", ["euler-a", "dpmpp-2m-karras", "ddim"])
-def test_other_schedulers(ours: Pipeline, theirs: Any, picture: Image.Image, name: str) -> None:
+def test_other_schedulers(ours: Pipeline, theirs: Any, small: Image.Image, name: str) -> None:
     import diffusers
 
     row, usual = schedulers.SCHEDULERS[name], theirs.scheduler
     theirs.scheduler = getattr(diffusers, row.diffusers).from_config(usual.config, **row.settings)
     try:
-        reference = theirs(generator=seeds(1), image=picture, strength=0.6, **CALL).images
+        reference = theirs(generator=seeds(1), image=small, strength=0.6, **CALL).images
     finally:
         theirs.scheduler = usual
-    mine = ours(generator=seeds(1), image=picture, strength=0.6, scheduler=name, **CALL).images
+    mine = ours(generator=seeds(1), image=small, strength=0.6, scheduler=name, **CALL).images
     assert difference(mine, reference) <= BOUND
 
 
-def test_one_picture_for_several_images(ours: Pipeline, theirs: Any, picture: Image.Image) -> None:
-    compare(ours, theirs, (1, 2), image=picture, strength=0.5, num_images_per_prompt=2)
+def test_one_picture_for_several_images(ours: Pipeline, theirs: Any, small: Image.Image) -> None:
+    compare(ours, theirs, (1, 2), image=small, strength=0.5, num_images_per_prompt=2)
 
 
-def test_one_generator_for_several_images(ours: Pipeline, theirs: Any, picture: Image.Image) -> None:
-    call = {**CALL, "image": picture, "strength": 0.5, "num_images_per_prompt": 2}
+def test_one_generator_for_several_images(ours: Pipeline, theirs: Any, small: Image.Image) -> None:
+    call = {**CALL, "image": small, "strength": 0.5, "num_images_per_prompt": 2}
     reference = theirs(generator=seeds(3)[0], **call).images
     assert difference(ours(generator=seeds(3)[0], **call).images, reference) <= BOUND
 
 
-def test_a_tensor_and_several_pictures(ours: Pipeline, theirs: Any, picture: Image.Image) -> None:
-    other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    tensor = (image_to_image.pixels([picture, other], 256, 256) + 1) / 2
+def test_a_tensor_and_several_pictures(ours: Pipeline, theirs: Any, small: Image.Image) -> None:
+    other = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    tensor = (image_to_image.pixels([small, other], 64, 64) + 1) / 2
     compare(ours, theirs, (1, 2), image=tensor, strength=0.5, prompt=["a red circle", "a blue star"])
 
 
@@ -130,8 +127,8 @@ def test_denoising_start_goes_on_from_latents(ours: Pipeline, theirs: Any) -> No
     assert difference(second, whole) <= BOUND
 
 
-def test_denoising_start_of_a_picture(ours: Pipeline, theirs: Any, picture: Image.Image) -> None:
-    compare(ours, theirs, image=picture, denoising_start=0.5, denoising_end=0.9)
+def test_denoising_start_of_a_picture(ours: Pipeline, theirs: Any, small: Image.Image) -> None:
+    compare(ours, theirs, image=small, denoising_start=0.5, denoising_end=0.9)
 
 
 def test_an_encoder_changes_nothing_in_text_to_image(trained: Pipeline, tiny_artifact: Path) -> None:

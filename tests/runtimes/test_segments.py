@@ -1,9 +1,9 @@
 """UNets in segments: each finds its weights in its turn, and pictures are those of the UNet in one piece."""
 
-import dataclasses
 import json
 import struct
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -162,18 +162,9 @@ def test_parts_hand_over_by_name_and_let_go_after_the_last_reader() -> None:
 
 
 @pytest.fixture(scope="module")
-def segmented(micro_model: Path, micro_artifact: Path, store_root: Path) -> Path:
-    """The micro model in three segments, without the variant that runs without guidance: half the work."""
-    from buildtool.build import build
-    from buildtool.plan import Spec, plan
-    from buildtool.progress import Progress
-    from exporters import sdxl
-
-    rows = tuple(dataclasses.replace(c, variants=c.variants[:1]) if c.name == "unet" else c for c in sdxl.COMPONENTS)
-    with pytest.MonkeyPatch.context() as patch, Progress() as progress:
-        patch.setattr(sdxl, "COMPONENTS", rows)
-        (planned,) = plan(Spec("torch", model=str(micro_model), gpu="cpu", segments=3, artifacts=store_root))
-        return build(planned, progress).path
+def segmented(build_guided: Callable[..., Path], micro_model: Path, micro_artifact: Path) -> Path:
+    """The micro model in three segments."""
+    return build_guided(micro_model, segments=3)
 
 
 def latents(pipeline: Pipeline) -> Tensor:
