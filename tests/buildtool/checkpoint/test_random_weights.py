@@ -44,11 +44,10 @@ def drawn_by_torch(monkeypatch: pytest.MonkeyPatch, dtype: str, device: str) -> 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_gpu_draws_the_same_bits(monkeypatch: pytest.MonkeyPatch, dtype: str, device: str) -> None:
-    """On a CPU: what the GPU would do, there."""
+def test_what_a_gpu_computes_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Here on the CPU; on a GPU: tests/gpu/test_random_weights.py."""
     monkeypatch.setattr(random_weights, "_DEVICE_CHUNK", 300_000)
-    matrix, norm, *others = drawn_by_torch(monkeypatch, dtype, device)
+    matrix, norm, *others = drawn_by_torch(monkeypatch, dtype, "cpu")
     assert torch.equal(matrix, others[0]) and torch.equal(norm, others[1])
 
 
