@@ -5,6 +5,7 @@ import os
 import re
 import string
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Names:
 
     def __init__(self, out: str | None) -> None:
         self._given: set[Path] = set()
+        """Where they really are: ``a/../fox.png`` and a link to the folder are ways to write one name."""
         self._counts: dict[Path, int] = {}
         self._own = _Pattern(out)
 
@@ -45,12 +47,17 @@ class Names:
         pattern = self._own if out is None else _Pattern(out)
         first = path = pattern.fill(fields)
         count = self._counts.get(first, 1)
-        while path.absolute() in self._given or (pattern.keeps and path.exists()):
+        while _place(path) in self._given or (pattern.keeps and path.exists()):
             count += 1
             path = first.with_name(f"{first.stem}-{count}{first.suffix}")
         self._counts[first] = count
-        self._given.add(path.absolute())
+        self._given.add(_place(path))
         return path
+
+
+def _place(path: Path) -> Path:
+    """A file's folder without links and dots; a link of the file's own name is replaced, not followed."""
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 class _Pattern:
@@ -113,7 +120,7 @@ def write(path: Path, data: bytes) -> None:
     Raises:
         SdxlError: the disk is full, or the place cannot be written to.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

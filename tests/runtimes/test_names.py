@@ -46,6 +46,10 @@ def test_no_two_pictures_of_a_run_get_one_name():
     assert [own.path(None, FIELDS).name for _ in range(3)] == ["fox.png", "fox-2.png", "fox-3.png"]
     assert own.path("fox-2.png", FIELDS) == Path("fox-2-2.png")
     assert own.path("./fox.png", FIELDS) == Path("fox-4.png")
+    Path("folder").mkdir()
+    Path("link").symlink_to("folder")
+    assert own.path("folder/../fox.png", FIELDS) == Path("folder/../fox-5.png")
+    assert [own.path(f"{folder}/cat.png", FIELDS).name for folder in ("folder", "link")] == ["cat.png", "cat-2.png"]
 
 
 def test_only_a_name_that_was_asked_for_replaces_an_older_file():
