@@ -242,27 +242,28 @@ class Session:
         calls = made([*self._groups(pictures)])
         under_way: list[tuple[Picture, Future[float]]] = []
         with ThreadPoolExecutor(SAVERS, "save") as savers:
-            while True:
-                try:
+            try:
+                while True:
                     call = next(calls, None)
-                except (Exception, KeyboardInterrupt):
                     yield from self._finished(under_way)
-                    raise
+                    if call is None:
+                        return
+                    for picture, image in zip(*call, strict=True):
+                        under_way.append((picture, savers.submit(self._save, picture, image)))
+                    if self._pipeline.device.type == "cpu":
+                        yield from self._finished(under_way)
+            except (Exception, KeyboardInterrupt):  # also while files are waited for: they will be there
                 yield from self._finished(under_way)
-                if call is None:
-                    return
-                under_way += [
-                    (picture, savers.submit(self._save, picture, image)) for picture, image in zip(*call, strict=True)
-                ]
-                if self._pipeline.device.type == "cpu":
-                    yield from self._finished(under_way)
+                raise
 
     def _finished(self, under_way: list[tuple[Picture, Future[float]]]) -> Iterator[Picture]:
         """Waits for files and empties the list; the first that couldn't be written is told after the others."""
         failures = []
         while under_way:
-            picture, saving = under_way.pop(0)
-            if (failure := saving.exception()) is not None:
+            picture, saving = under_way[0]
+            failure = saving.exception()
+            del under_way[0]
+            if failure is not None:
                 failures.append(failure)
                 continue
             self._add("save", saving.result())

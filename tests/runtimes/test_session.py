@@ -1,6 +1,8 @@
 """Pictures and their files, with a stand-in pipeline: what is written while the next one is computed."""
 
+import _thread
 import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -89,3 +91,24 @@ def test_what_cannot_be_written_ends_the_run_and_what_can_is_there(
         made += [picture.index for picture in session.render(pictures[:2])]
     assert [picture.index for picture in session.saved] == [0] and pictures[0].path.is_file()
     assert pipeline.count == 2
+
+
+def test_ctrl_c_while_a_file_is_written_answers_for_it(
+    planned: tuple[Pipeline, Session, list[Picture]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, session, pictures = planned
+    monkeypatch.setattr(pipeline, "device", torch.device("cpu"))
+    save = session._save
+
+    def interrupted(picture: Picture, image: Any) -> float:
+        time.sleep(0.2)  # until somebody waits for it
+        _thread.interrupt_main()
+        time.sleep(0.2)
+        return save(picture, image)
+
+    monkeypatch.setattr(session, "_save", interrupted)
+    made = []
+    with pytest.raises(KeyboardInterrupt):
+        for picture in session.render(pictures):
+            made.append(picture.index)
+    assert made == [0] and [picture.index for picture in session.saved] == [0] and pictures[0].path.is_file()
