@@ -20,8 +20,8 @@ class Span:
     end: float
 
 
-LIMIT = 1000
-"""Spans kept at most: a process that serves for days tells of its start."""
+LIMIT = 10_000
+"""Spans kept at most, of some 2,000 pictures: a process that serves for days tells of its start."""
 
 _spans: list[Span] = []  # threads append to it
 

@@ -23,6 +23,9 @@ PEER = (sys.executable, "-m", "buildtool.bench.peer")
 FLAGS = ("refiner", "memory")
 """Options of ``sdxl-run`` that are no fields of its JSON lines, because they hold for the whole process."""
 
+FILES = ("image", "lora", "embedding")
+"""Options that name files."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -55,6 +58,7 @@ class Case:
         if not self.peer:
             words += ["vae-tile {}x{}".format(*key.options["vae_tile"])] if "vae_tile" in key.options else []
             words += ["with-encoder"] if "encoder" in key.options else []
+            words += ["no-negative-prompt"] if "no_negative_prompt" in key.options else []
             for name in ("segments", "spare_tokens", "mode"):
                 words += [f"{name.replace('_', '-')} {key.options[name]}"] if name in key.options else []
         words += [f"{name.replace('_', '-')}={told(name, value)}" for name, value in self.options.items()]
@@ -66,7 +70,9 @@ def told(name: str, value: Any) -> str:
     if isinstance(value, list):
         return "+".join(told(name, each) for each in value)
     text = str(value)
-    return Path(text).resolve().parts[-3:][0] if name == "refiner" else text.rpartition(os.sep)[2] or text
+    if name == "refiner":
+        return Path(text).resolve().parts[-3:][0]
+    return text.rpartition(os.sep)[2] if name in FILES else text
 
 
 @dataclass
@@ -164,6 +170,11 @@ def measure(case: Case, prompts: Sequence[tuple[str, int]], runs: int, folder: P
         spans.setdefault(span["name"], []).append((span["start"], span["end"]))
     batch = case.manifest.key.batch
     saved = sorted(end for _, end in spans["save"])  # a call's files are written side by side
+    if len(saved) < len(report["images"]):
+        raise SdxlError(
+            f"{case.name}: {len(report['images'])} pictures were made, and a timeline ends at {len(saved)}.",
+            "Take fewer --prompts or --runs.",
+        )
     # A call of the pipeline makes a batch of pictures; the first call warms up.
     calls = [saved[start : start + batch] for start in range(0, len(saved), batch)]
     load = spans["load" if case.peer else "open artifact"][0][1]

@@ -169,15 +169,29 @@ def test_a_refiner_is_an_option_of_the_run_and_its_steps_count(tmp_path: Path, m
     assert len(lines) == 3 and all(line["refine_at"] == 0.8 and "refiner" not in line for line in lines)
 
 
+def test_more_pictures_than_a_timeline_keeps_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = [("open artifact", (0, 0)), *((name, (i, i + 1)) for i in range(3) for name in ("denoise", "save"))]
+    timeline = [{"name": name, "start": start, "end": end} for name, (start, end) in spans]
+    told = {"timeline": timeline, "images": [{"steps": 10}] * 5, "peak_memory_bytes": {"process": 1}}
+    monkeypatch.setattr(cases, "_run", lambda case, command: told)
+    case = cases.Case(1, tmp_path, stand_in_manifest(), {})
+    with pytest.raises(SdxlError, match=r"5 pictures were made, and a timeline ends at 3. Take fewer"):
+        cases.measure(case, [("a", 1)], 4, tmp_path)
+
+
 def test_cases_are_told_apart_by_what_was_built_and_without_this_machines_folders(tmp_path: Path) -> None:
     lora = [{"sha256": "0" * 64, "scale": 1.0}]
-    built = {"vae_tile": [192, 128], "encoder": True, "segments": 3, "lora": lora}
+    built = {"vae_tile": [192, 128], "encoder": True, "no_negative_prompt": True, "segments": 3, "lora": lora}
     options = {"lora": ["/a/one.safetensors:0.5", "two.safetensors"], "image": "/a/b.png", "steps": 2}
     plain, made = stand_in_manifest(), stand_in_manifest(batch=4, options=built)
     assert cases.Case(1, tmp_path, plain, options).name == (
         "torch fp32 64x64, lora=one.safetensors:0.5+two.safetensors, image=b.png, steps=2"
     )
-    told = "torch fp32 64x64, batch 4, 1 LoRA built in, vae-tile 192x128, with-encoder, segments 3"
+    asked = {"negative_prompt": "black/white", "embedding": "/a/new.safetensors:<new>"}
+    assert cases.Case(1, tmp_path, plain, asked).name == (
+        "torch fp32 64x64, negative-prompt=black/white, embedding=new.safetensors:<new>"
+    )
+    told = "torch fp32 64x64, batch 4, 1 LoRA built in, vae-tile 192x128, with-encoder, no-negative-prompt, segments 3"
     assert cases.Case(1, tmp_path, made, {}).name == told
     assert cases.Case(1, tmp_path, made, {}, "eager").name == "diffusers eager fp32 64x64, batch 4, 1 LoRA built in"
 
