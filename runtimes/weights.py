@@ -89,7 +89,7 @@ class Weights:
         """Gives stored tensors, which somebody changed in place, the bits of the file again.
 
         Raises:
-            SdxlError: the file can't be read any more.
+            SdxlError: the file can't be read any more, or is another one.
         """
         described = manifest.components[component]
         path, digest = folder / described.weights, manifest.files[described.weights].sha256
@@ -101,7 +101,11 @@ class Weights:
                 to = _view(name, tensor, data, header, str(path))
                 to.copy_(_view(name, tensor, original, header, str(path)))
             return
-        start = path.stat().st_size - data.numel()
+        _, start, size = _header(path)
+        if size - start != data.numel():
+            raise SdxlError(
+                f"{path} is not the file any more that was loaded.", "Check the artifact: sdxl-build verify"
+            )
         spans = sorted((start + begin, start + end) for begin, end in (header[name]["data_offsets"] for name in names))
         torch.cuda.synchronize(self.device)  # no call may still be reading
         send_again(path, spans, data.data_ptr() - start, self.device.index or 0)
