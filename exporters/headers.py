@@ -61,5 +61,8 @@ def _link(source: Path, target: Path) -> None:
         except OSError:
             if not target.exists():
                 part = target.with_suffix(f".{os.getpid()}")
-                shutil.copyfile(source, part)
-                part.replace(target)
+                try:
+                    shutil.copyfile(source, part)
+                    part.replace(target)
+                finally:
+                    part.unlink(missing_ok=True)

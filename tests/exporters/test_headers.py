@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,24 @@ def test_headers_on_another_disk_are_copied(tmp_path: Path, made: list[str], mon
         build(tmp_path, header)
     assert made == ["a.h", "b.h"]
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["a.h.gch", "b.h.gch"]
+
+
+def test_a_full_disk_keeps_no_half_of_a_header(
+    tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    def copy(source: Path, target: Path) -> None:
+        target.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    monkeypatch.setenv(headers.VARIABLE, str(tmp_path / "kept"))
+    with pytest.raises(OSError, match="No space left"):
+        build(tmp_path, "a.h")
+    assert list((tmp_path / "kept").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_is_told(tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
