@@ -66,7 +66,7 @@ def _by_kernels(
     )
     torch.library.wrap_triton(kernels.factors)[(batch * groups,)](
         parts,
-        rows if addend is None else addend,
+        rows if addend is None else addend.contiguous(),
         weight,
         bias,
         scale,
@@ -140,7 +140,8 @@ def _without_addends(graph: fx.Graph, x: fx.Node, norm: fx.Node) -> tuple[fx.Nod
         made.meta["val"] = node.meta["val"].reshape(shape)
         return made
 
-    if _only_user(x) is norm and x.target in (aten.add.Tensor, aten.add_.Tensor) and not x.kwargs:
+    # Not aten.add_, which stays whether its result is read or not: the norm would find the addend in the map already.
+    if _only_user(x) is norm and x.target is aten.add.Tensor and not x.kwargs:
         inner: Any = x.args[0]
         other: Any = x.args[1]
         if isinstance(other, fx.Node) and other.meta["val"].shape == (batch, channels, 1, 1):

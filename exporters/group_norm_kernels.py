@@ -27,12 +27,12 @@ def sums(
     batch, first = part // K, part % K * LENGTH
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
-    rows = x + batch.to(tl.int64) * pixels * C
+    rows = x + (batch.to(tl.int64) * pixels + first) * C  # from here on 32 bits do: a part is small
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, LENGTH, ROWS):
-        at = first + start + row
-        inside = ((at < first + LENGTH) & (at < pixels))[:, None] & (channel < C)[None, :]
+        at = start + row
+        inside = ((at < LENGTH) & (first + at < pixels))[:, None] & (channel < C)[None, :]
         value = tl.load(rows + at[:, None] * C + channel[None, :], inside, 0.0).to(tl.float32)
         total += value
         squares += value * value
@@ -81,7 +81,8 @@ def factors(
     else:
         moved = tl.zeros([WIDTH], tl.float32)
     own = total / pixels
-    variance = tl.where(known, squares / pixels - own * own, 0.0)
+    # Not below 0: the difference is the rounding of a large square, where a channel has one value.
+    variance = tl.where(known, tl.maximum(squares / pixels - own * own, 0.0), 0.0)
     mean = tl.sum(tl.where(known, own + moved, 0.0), 0) / size
     distance = tl.where(known, own + moved - mean, 0.0)
     # The mean of the channels' variances, and the variance of their means.

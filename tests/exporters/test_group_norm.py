@@ -54,6 +54,28 @@ def test_what_is_added_before_and_the_silu_after_are_part_of_the_norm() -> None:
     assert [bias is None for bias in biases] == [True, False, True], "the second one's sum is read by others too"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_addend_is_added_once(in_place: bool) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = nn.GroupNorm(4, 8), nn.Conv2d(8, 8, 1, bias=False)
+
+        def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            moved = x.add_(time[:, :, None, None]) if in_place else x + time[:, :, None, None]
+            return F.silu(self.norm(moved), inplace=in_place)
+
+    given = torch.randn(2, 8, 5, 5), torch.randn(2, 8) * 5
+    module = Sum().eval()
+    program = torch.export.export(module, given, strict=False)
+    assert group_norm.fuse(program.graph) == 1
+    program.graph.lint()
+    program.graph_module.recompile()
+    torch.testing.assert_close(program.module()(*given), module(*given), rtol=1e-4, atol=1e-5)
+
+
 def test_maps_are_cut_into_parts_that_fill_a_gpu() -> None:
     for batch, channels, side in (
         (2, 320, 128),
@@ -80,11 +102,34 @@ def test_the_kernels_under_tritons_interpreter() -> None:
 
 INTERPRETED = """
 import torch
-from tests.exporters.test_group_norm import agree
+from tests.exporters.test_group_norm import a_view, agree, one_value
 for case in ((2, 320, 16, 16, 32), (1, 320, 9, 7, 32), (2, 40, 13, 11, 8)):
     agree(*case, torch.float16, "cpu", True, True)
     agree(*case, torch.float32, "cpu", False, False)
+with torch._library.triton.set_wrap_triton_enabled(False):
+    one_value("cpu")
+    a_view("cpu")
 """
+
+
+def one_value(device: str) -> None:
+    """A map whose channels are constant: their variance is 0, whatever their size rounds to."""
+    ones = torch.ones(32, device=device)
+    for value in torch.linspace(100, 300, 7).tolist():
+        x = torch.full((1, 32, 9, 7), value, device=device)
+        made = group_norm._by_kernels(x, None, ones, ones, 8, 1e-6, True)
+        assert (made - F.silu(torch.ones_like(made))).abs().max() < 0.2, value  # NaN isn't
+
+
+def a_view(device: str) -> None:
+    """An addend that is some columns of a wider tensor."""
+    x, wide = torch.randn(2, 32, 9, 7, device=device), torch.randn(2, 96, device=device)
+    weight, bias = torch.randn(2, 32, device=device)
+    made, wanted = (
+        group_norm._by_kernels(x, addend, weight, bias, 8, 1e-5, False)
+        for addend in (wide[:, 32:64], wide[:, 32:64].clone())
+    )
+    assert torch.equal(made, wanted)
 
 
 def agree(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exporters import group_norm
-from tests.exporters.test_group_norm import Block, agree, inputs
+from tests.exporters.test_group_norm import Block, a_view, agree, inputs, one_value
 
 pytestmark = pytest.mark.gpu
 
@@ -24,6 +24,24 @@ SHAPES = [
 def test_the_kernels_agree_with_float64(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     agree(*shape, dtype, "cuda", True, True)
     agree(*shape, dtype, "cuda", False, False)
+
+
+def test_one_value_and_views() -> None:
+    with torch._library.triton.set_wrap_triton_enabled(False):
+        one_value("cuda")
+        a_view("cuda")
+
+
+def test_maps_of_more_numbers_than_32_bits_count() -> None:
+    """3072x3072 pixels of 256 channels, of 64 equal bands: each is normed as one alone."""
+    band = torch.randn(1, 256, 48, 3072, device="cuda", dtype=torch.float16) * 2 + 1
+    x = torch.empty(1, 256, 64 * 48, 3072, device="cuda", dtype=torch.float16, memory_format=torch.channels_last)
+    for part in x.split(48, dim=2):
+        part.copy_(band)
+    weight, bias = torch.randn(2, 256, device="cuda").half()
+    with torch._library.triton.set_wrap_triton_enabled(False):
+        wanted, made = (group_norm._by_kernels(each, None, weight, bias, 32, 1e-5, True) for each in (band, x))
+    assert max((part - wanted).abs().max().item() for part in made.split(48, dim=2)) < 0.02
 
 
 @torch.no_grad()
