@@ -22,6 +22,7 @@ log = logging.getLogger("runtimes")
 
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
 
+_BLOCK = 1 << 18  # bytes that are compared at a time
 _PORTABLE = 1  # cudaHostRegister: page-locked for every context
 
 
@@ -94,19 +95,21 @@ class Weights:
         described = manifest.components[component]
         path, digest = folder / described.weights, manifest.files[described.weights].sha256
         data, header = self._file(path, digest)
-        if self.device.type == "cpu":
-            stored = {name: described.tensors[name] for name in names}
-            original, _ = Weights(self.device)._file(path, digest)
-            for name, tensor in stored.items():
-                to = _view(name, tensor, data, header, str(path))
-                to.copy_(_view(name, tensor, original, header, str(path)))
-            return
         _, start, size = _header(path)
         if size - start != data.numel():
             raise SdxlError(
                 f"{path} is not the file any more that was loaded.", "Check the artifact: sdxl-build verify"
             )
-        spans = sorted((start + begin, start + end) for begin, end in (header[name]["data_offsets"] for name in names))
+        places = sorted(header[name]["data_offsets"] for name in names)
+        if self.device.type == "cpu":
+            original = self._data(path, digest, size)[start:]
+            for begin, end in places:
+                parts = (torch.split(each[begin:end], _BLOCK) for each in (data, original))
+                for part, kept in zip(*parts, strict=True):
+                    if not torch.equal(part, kept):  # else its pages stay the file's, shared with other processes
+                        part.copy_(kept)
+            return
+        spans = [(start + begin, start + end) for begin, end in places]
         torch.cuda.synchronize(self.device)  # no call may still be reading
         send_again(path, spans, data.data_ptr() - start, self.device.index or 0)
 

@@ -37,6 +37,25 @@ def test_only_what_is_named_is_restored(tmp_path: Path, manifest: Any) -> None:
         assert torch.equal(tensor, wanted)
 
 
+def test_what_was_not_changed_stays_the_files(tmp_path: Path, manifest: Any) -> None:
+    """A word table of 32 MB, one row of which was written to, doesn't become this process's own."""
+    save_file({"a": torch.ones(8192, 1024)}, tmp_path / "w")
+    table = StoredTensor(shape=(8192, 1024), dtype="float32", stride=(1024, 1), sources=("x",))
+    manifest.components["unet"].tensors = {"a": table}
+    ours = Weights(torch.device("cpu"))
+    ours.tensors(tmp_path, manifest, "unet")["a"][8000].zero_()
+    before = own_bytes()
+    ours.restore(tmp_path, manifest, "unet", ["a"])
+    assert ours.tensors(tmp_path, manifest, "unet")["a"].min() == 1
+    assert own_bytes() - before < 16 << 20
+
+
+def own_bytes() -> int:
+    """Bytes of main memory that are this process's alone."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+
 @pytest.fixture
 def on_a_gpu(tmp_path: Path, manifest: Any, monkeypatch: pytest.MonkeyPatch) -> Weights:
     """Weights that take themselves for a GPU's, and lie in main memory."""
