@@ -102,6 +102,10 @@ class _Build:
 
     def run(self) -> Built:
         self.exporter.check_request(self.request)
+        if self.on_gpu:  # what asks for no device by its number is to use this one too
+            import torch
+
+            torch.cuda.set_device(self.planned.target.index)
         if self.planned.spec.lora:
             lora.check(self.source, self.planned.spec.lora)
         self._check_reference_room()

@@ -104,6 +104,8 @@ def pipeline(name: str, manifest: Manifest, device: Any) -> Any:
 
     from exporters import sdxl
 
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     found = source(manifest)
     dtype = sdxl.TENSORS[manifest.key.precision]
 
