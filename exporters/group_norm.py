@@ -110,7 +110,7 @@ def fuse(graph: fx.Graph) -> int:
         if x.meta["val"].ndim != 4 or weight is None or bias is None:
             continue
         last = _only_user(norm)
-        silu = last is not None and last.target in (aten.silu.default, aten.silu_.default)
+        silu = last is not None and last.target is aten.silu.default
         end: fx.Node = last if silu and last is not None else norm
         with graph.inserting_before(end):
             source, addend = _without_addends(graph, x, norm)
@@ -163,7 +163,4 @@ def _without_addends(graph: fx.Graph, x: fx.Node, norm: fx.Node) -> tuple[fx.Nod
         value = total.meta["val"].expand(shape)
         total = graph.call_function(aten.expand.default, (total, shape))
         total.meta["val"] = value
-        dense = graph.call_function(aten.clone.default, (total,), {"memory_format": torch.contiguous_format})
-        dense.meta["val"] = value.contiguous()
-        total = dense
     return x, total

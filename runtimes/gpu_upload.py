@@ -19,8 +19,8 @@ from buildtool.store.manifest import Manifest
 from runtimes import timeline
 
 CHUNK = 16 << 20
-"""Bytes a thread reads and sends at a time. Smaller ones wait more often for Python's lock, which ``import torch``
-holds meanwhile: with 4 MB, 5 GB took 1.25 s beside it instead of 0.5."""
+"""Bytes a thread reads and sends at a time while torch is imported, which holds Python's lock: each chunk waits for
+it. 5 GB took 0.5 s so; on another machine, with chunks of 4 MB, 1.25 s."""
 SMALL_CHUNK = 4 << 20
 """The same where nothing else runs: 25 GB/s to an H100 instead of 14, as there is less memory to lock at first."""
 THREADS = 8

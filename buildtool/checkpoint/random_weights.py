@@ -63,8 +63,7 @@ def tensor(name: str, shape: tuple[int, ...], seed: int, dtype: str) -> torch.Te
     """A tensor of uniform numbers whose mean and spread suit its name and shape.
 
     Weights have a standard deviation of 1/sqrt(fan in), so that activations keep their size; norms
-    scale by about 1; biases are small. A process that uses a GPU anyway draws them there, the same bits in
-    a hundredth of the time.
+    scale by about 1; biases are small. A process that uses a GPU anyway draws them there: the same bits.
     """
     import numpy as np
     import torch
