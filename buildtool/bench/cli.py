@@ -117,7 +117,10 @@ def _prompts(file: str | None, manifest: Manifest) -> list[tuple[str, int]]:
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise SdxlError(f"The prompts file {file} cannot be read: {error}.") from None
+        raise SdxlError(
+            f"The prompts file {file} cannot be read: {error}.",
+            f"Give a file with a prompt a line, or {accuracy.MODEL}:N for N prompts of its world.",
+        ) from None
     if not lines:
         raise SdxlError(f"The prompts file {file} holds no prompt.", "Write one prompt a line.")
     return [(line, seed) for seed, line in enumerate(lines)]
