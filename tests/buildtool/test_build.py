@@ -172,7 +172,7 @@ def test_builds_killed_at_any_moment_leave_no_broken_hit_and_two_at_once_compile
     folder = micro.write(tmp_path / "model")
     root = tmp_path / "store"
     code = Path("v1/code")
-    unet = code / manifest.read(micro_artifact).components["unet"].code_key
+    unet, text = (code / manifest.read(micro_artifact).components[name].code_key for name in ("unet", "text_encoder"))
     shutil.copytree(store_root / unet, root / unet)
     command = [*BUILD, "--model", str(folder), "--artifacts", str(root), "--json"]
     for some_code in (False, True):
@@ -188,7 +188,9 @@ def test_builds_killed_at_any_moment_leave_no_broken_hit_and_two_at_once_compile
         process.wait()
         for found, _ in Store(root).artifacts():
             assert verify_files(found) == []
-    assert 2 <= len(list((root / code).iterdir())) < 4  # else the second one was killed too early or too late
+    assert len(list((root / code).iterdir())) >= 2, "the second one was killed before it had any code"
+    if (root / text).exists():  # what is compiled side by side may be there all at once: something is left to do
+        shutil.rmtree(root / text)
     deadline = time.monotonic() + 30
     while (left := _workers(root)) and time.monotonic() < deadline:
         time.sleep(0.2)
