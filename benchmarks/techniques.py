@@ -52,13 +52,15 @@ REFINERS = {
 }
 BASELINE = "baseline"
 LORA_RANK = 32
+VECTORS = 4
 
 
 @dataclass(frozen=True)
 class Technique:
     """Words of ``sdxl-build`` beside the baseline's, and options as ``sdxl-bench --with`` takes them.
 
-    REFINER, LORA and PICTURE stand for what this program makes, FEWER for three fifths of the steps, TILE for a size.
+    REFINER, LORA, EMBEDDING and PICTURE stand for what this program makes, FEWER for three fifths of the steps, TILE
+    for a size.
     """
 
     name: str
@@ -92,6 +94,7 @@ TECHNIQUES = (
     Technique("model-offload", run="memory=model-offload", needs="gpu"),
     Technique("sequential", "--segments 8", "memory=sequential", needs="gpu"),
     Technique("lora", run="lora=LORA"),
+    Technique("textual-inversion", f"--spare-tokens {VECTORS}", "embedding=EMBEDDING"),
     Technique("image-to-image", "--with-encoder", "image=PICTURE strength=0.5"),
     Technique("refiner", run="refiner=REFINER refine-at=0.8"),
     Technique("refine-strength", run="refiner=REFINER refine-strength=0.3"),
@@ -253,6 +256,26 @@ def random_lora(manifest: Manifest, path: Path) -> Path:
     return path
 
 
+def random_embedding(manifest: Manifest, path: Path) -> Path:
+    """Writes a textual inversion of random vectors of a deviation like that of SDXL's own words."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    widths = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+    made = {}
+    for key, component in widths.items():
+        shape = (VECTORS, manifest.key.configs[component]["hidden_size"])
+        made[key] = torch.randn(shape, generator=generator) * 0.02
+    save_file(made, path)
+    return path
+
+
+def new_word(prompt: str) -> str:
+    """A word that tokenizers don't have and that a prompt contains: its longest without the first and last letter."""
+    return max(prompt.split(), key=len)[1:-1]
+
+
 class Measurements:
     """Rows of a plan's techniques, measured one after the other."""
 
@@ -274,7 +297,7 @@ class Measurements:
                 raise SdxlError(why)
             folder = self._plan.artifact(self._plan.words(technique.build, backend=technique.backend))
             options = {"steps": self._plan.steps, **cases.parse_options(technique.run)}
-            options = {name: self._made(value) for name, value in options.items()}
+            options = {name: self._made(value, folder) for name, value in options.items()}
             row.run = " ".join(f"{name.replace('_', '-')}={cases.told(name, value)}" for name, value in options.items())
             key = json.dumps([str(folder), options, technique.peer], sort_keys=True)
             if key not in self._same:
@@ -306,12 +329,13 @@ class Measurements:
                 print(why, file=sys.stderr)
         return row
 
-    def _made(self, value: Any) -> Any:
+    def _made(self, value: Any, folder: Path) -> Any:
         made: dict[str, Callable[[], Any]] = {
             "FEWER": lambda: self._plan.steps * 3 // 5,
             "REFINER": lambda: str(self._plan.artifact(self._plan.words(refiner=True))),
             "PICTURE": self._picture,
             "LORA": lambda: [str(self._lora())],
+            "EMBEDDING": lambda: [f"{self._embedding(folder)}:{new_word(self._prompts[0][0])}"],
         }
         return made[value]() if isinstance(value, str) and value in made else value
 
@@ -319,6 +343,10 @@ class Measurements:
         if self._reference is None:
             raise SdxlError("there is no picture of the baseline to start from")
         return str(self._reference.pictures[0])
+
+    def _embedding(self, folder: Path) -> Path:
+        path = self._out / "random-word.safetensors"
+        return path if path.exists() else random_embedding(manifests.read(folder), path)
 
     def _lora(self) -> Path:
         path = self._out / "random.safetensors"

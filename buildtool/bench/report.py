@@ -44,13 +44,14 @@ def right(result: Result) -> str:
 
 
 def likeness(result: Result, reference: Result) -> tuple[float, float]:
-    """Mean PSNR (dB) and SSIM; NaN for pictures of another size."""
+    """Mean PSNR (dB) of the pictures that aren't equal, infinite if all are, and mean SSIM; NaN for another size."""
     pairs = list(zip(result.pictures, reference.pictures, strict=True))
     with Image.open(pairs[0][0]) as one, Image.open(pairs[0][1]) as two:
         if one.size != two.size:
             return math.nan, math.nan
-    count = len(pairs)
-    return sum(psnr(*pair) for pair in pairs) / count, sum(ssim(*pair) for pair in pairs) / count
+    decibels = [value for value in (psnr(*pair) for pair in pairs) if math.isfinite(value)]
+    mean = sum(decibels) / len(decibels) if decibels else math.inf
+    return mean, sum(ssim(*pair) for pair in pairs) / len(pairs)
 
 
 def _row(result: Result, decibels: float, similarity: float) -> Row:

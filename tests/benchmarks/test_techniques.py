@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import buildtool
 from benchmarks import techniques
 from benchmarks.techniques import TECHNIQUES, Measurements, Plan, Technique
+from buildtool import tokenizers
 from buildtool.bench import accuracy, cases
 from buildtool.cli import main as sdxl_build
 from buildtool.store import lora
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Component, StoredTensor
 from buildtool.store.presets import PRESETS
-from runtimes import lora_names
+from runtimes import embedding_files, lora_names
 from runtimes.jobs import Job
+from runtimes.prompt import Tokenizer
 from tests.runtimes.stand_in import stand_in_manifest
 
 
@@ -60,6 +63,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(accuracy, "judge", judge)
     monkeypatch.setattr(techniques.manifests, "read", lambda folder: stand_in_manifest())
     monkeypatch.setattr(techniques, "random_lora", lambda manifest, path: path)
+    monkeypatch.setattr(techniques, "random_embedding", lambda manifest, path: path)
     return words_of
 
 
@@ -151,6 +155,22 @@ def test_building_alone_measures_nothing(built: list[str], capsys: pytest.Captur
     assert sorted(built) == [tiny, f"{tiny} --deepcache 3", "torch --model tiny-refiner --gpu cpu"]
     assert techniques.main([*words, "--only", "freeu"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_the_random_embedding_is_one_that_the_first_prompt_uses(tmp_path: Path) -> None:
+    tokenizers.convert(Path(buildtool.__file__).parent / "data" / "tiny" / "tokenizer", tmp_path / "tokenizer.json")
+    clip = Tokenizer(tmp_path / "tokenizer.json")
+    configs = {"text_encoder": {"hidden_size": 8}, "text_encoder_2": {"hidden_size": 12}}
+    manifest = SimpleNamespace(
+        key=SimpleNamespace(configs=configs, options={"spare_tokens": techniques.VECTORS}, model="m"),
+        components=dict.fromkeys(configs),
+    )
+    path = techniques.random_embedding(manifest, tmp_path / "a.safetensors")  # type: ignore[arg-type]
+    for each in (plan(), plan("random:sdxl-base", "auto")):
+        ((prompt, _),) = techniques.own_prompts(each, 1)
+        embedding = embedding_files.parse(f"{path}:{techniques.new_word(prompt)}")
+        assert embedding.token in prompt and not clip.knows(embedding.token)
+        embedding_files.check([embedding], manifest)  # type: ignore[arg-type]
 
 
 def test_the_random_lora_is_one_for_the_unets_attention(tmp_path: Path) -> None:

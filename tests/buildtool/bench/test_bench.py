@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -280,6 +281,16 @@ def test_likeness_of_pictures(tmp_path: Path) -> None:
     assert likeness.psnr(one, one) == float("inf") and likeness.ssim(one, one) == pytest.approx(1)
     assert likeness.psnr(one, lighter) == pytest.approx(28.13, abs=0.01)
     assert likeness.ssim(one, lighter) > 0.95 > 0.1 > likeness.ssim(one, other)
+
+
+def test_pictures_are_equal_only_if_all_are(tmp_path: Path) -> None:
+    one, two = (picture(tmp_path / f"{i}.png", np.full((16, 16, 3), 100 + 10 * i)) for i in range(2))
+
+    def of(*pictures: Path) -> Any:
+        return SimpleNamespace(pictures=list(pictures))
+
+    assert report.likeness(of(one, one), of(one, one))[0] == float("inf")
+    assert report.likeness(of(one, two), of(one, one))[0] == pytest.approx(28.13, abs=0.01)
 
 
 def test_ssim_of_flat_pictures_is_the_papers_luminance_term(tmp_path: Path) -> None:
