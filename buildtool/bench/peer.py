@@ -268,7 +268,7 @@ def main(name: str, engine: str, prompts: str, started: str) -> None:
 
     manifest = manifests.read(Path(engine))
     lines = [json.loads(line) for line in Path(prompts).read_text(encoding="utf-8").splitlines()]
-    device = torch.device("cpu" if manifest.key.target.startswith("cpu") else "cuda")
+    device = torch.device("cpu" if manifest.key.target.startswith("cpu") else "cuda:0")
     clock = Clock(float(started), device)
     made = pipeline(name, manifest, device)
     if device.type == "cuda":  # weights pass through fp32 on their way

@@ -344,6 +344,27 @@ def test_a_peer_is_refused_by_name(micro_artifact: Path, monkeypatch: pytest.Mon
         peer.check("deepcache", manifest, {"guidance_until": 0.5})
 
 
+@pytest.mark.parametrize(("target", "wanted"), [("sm90", "cuda:0"), ("cpu-avx2", "cpu")])
+def test_a_peer_is_given_its_gpu_by_number(
+    target: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.cuda.set_device, which libraries call with it, refuses one without."""
+    plain = stand_in_manifest()
+    manifest = msgspec.structs.replace(plain, key=msgspec.structs.replace(plain.key, target=target))
+    given: list[Any] = []
+
+    def stop(name: str, manifest: Any, device: Any) -> Any:
+        given.extend((name, str(device)))
+        raise StopIteration
+
+    monkeypatch.setattr(manifests, "read", lambda folder: manifest)
+    monkeypatch.setattr(peer, "pipeline", stop)
+    (tmp_path / "prompts").write_text("{}\n")
+    with pytest.raises(StopIteration):
+        peer.main("eager", "engine", str(tmp_path / "prompts"), "0")
+    assert given == ["eager", wanted]
+
+
 @pytest.mark.slow
 def test_a_model_that_is_gone_or_changed(tiny_artifact: Path, tmp_path: Path) -> None:
     manifest = manifests.read(tiny_artifact)
