@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -64,6 +65,7 @@ def report(artifacts: Path | None = None) -> list[Row]:
     return [
         python(),
         torch(),
+        *byte_code(),
         *libraries(),
         compiler(),
         python_headers(),
@@ -96,6 +98,24 @@ def torch() -> Row:
         hint = "For builds on the GPU, install torch from the CUDA index: https://pytorch.org/get-started/locally"
         return Row("torch", "warn", f"{detail}, and a GPU is here", hint)
     return Row("torch", "ok", detail)
+
+
+def byte_code() -> list[Row]:
+    """Whether Python has to compile torch's sources at every start: pip leaves byte code beside them, uv doesn't."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None or found.cached is None or os.path.exists(found.cached):
+        return []
+    folder = Path(found.origin).parent
+    if not sys.dont_write_bytecode and os.access(folder, os.W_OK):
+        return []  # the first start writes it
+    return [
+        Row(
+            "byte code",
+            "warn",
+            "torch has none, and none is kept: every start compiles its sources, which takes 2 s or more",
+            f"python -m compileall -q {folder.parent}",
+        )
+    ]
 
 
 def libraries() -> list[Row]:

@@ -45,6 +45,22 @@ def test_the_whole_report_has_one_line_each_and_imports_no_torch(tmp_path: Path)
     assert not (tmp_path / "artifacts").exists()
 
 
+def test_torch_without_byte_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert doctor.byte_code() == [], "the first start keeps it"
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (row,) = doctor.byte_code()
+    assert row.status == "warn" and row.hint == f"python -m compileall -q {tmp_path}"
+    subprocess.run([sys.executable, *row.hint.split()[1:]], check=True)
+    assert doctor.byte_code() == []
+
+
 @needs_compiler
 def test_a_good_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     row = doctor.compiler()
