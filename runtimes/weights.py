@@ -2,6 +2,9 @@
 
 import contextlib
 import logging
+import mmap
+import os
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,7 @@ NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn"
 
 _BLOCK = 1 << 18  # bytes that are compared at a time
 _PORTABLE = 1  # cudaHostRegister: page-locked for every context
+_READ_ONLY = 8  # the device only reads it, so that a file may be mapped so
 
 
 class Weights:
@@ -197,27 +201,49 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
 class HostFile:
     """A file's bytes in host memory, page-locked: the GPU copies from there by itself.
 
-    Memory of torch's own pinned allocator would do, but it rounds up to a power of two: 5.1 GB would take 8.
+    Locked are the pages in which the system caches the file, so that nothing is read twice or held twice. Where it
+    doesn't allow that, they are copied into memory of our own, and that is locked.
     """
 
     def __init__(self, path: Path, size: int, pin: bool) -> None:
-        self.data = torch.empty(size, dtype=torch.uint8)
-        with timeline.span(f"read {path.stem}"), open(path, "rb") as file:
-            if file.readinto(self.data.numpy().data) != size:
-                raise SdxlError(f"{path} became shorter while it was read.", "Check the artifact: sdxl-build verify")
         self._address: int | None = None
-        if pin:
-            address = self.data.data_ptr()
-            code = int(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE))  # type: ignore[no-untyped-call]
-            if code:
-                log.info("%s can't be page-locked (CUDA error %d): it is copied more slowly.", path.name, code)
-            else:
-                self._address = address
+        with timeline.span(f"read {path.stem}"):
+            self.data = _mapped(path, size)
+            if not pin or self._lock(_PORTABLE | _READ_ONLY) == 0:
+                return
+            _forget_cuda_error()
+            self.data = self.data.clone()
+            code = self._lock(_PORTABLE)
+        if code:
+            _forget_cuda_error()
+            log.info("%s can't be page-locked (CUDA error %d): it is copied more slowly.", path.name, code)
+
+    def _lock(self, flags: int) -> int:
+        """CUDA's error, 0 for none."""
+        address = self.data.data_ptr()
+        code = int(torch.cuda.cudart().cudaHostRegister(address, self.data.nbytes, flags))  # type: ignore[no-untyped-call]
+        self._address = None if code else address
+        return code
 
     def __del__(self) -> None:
-        if getattr(self, "_address", None) is not None:
+        if self._address is not None:
             with contextlib.suppress(Exception):  # the interpreter or the driver is shutting down
                 torch.cuda.cudart().cudaHostUnregister(self._address)  # type: ignore[no-untyped-call]
+
+
+def _forget_cuda_error() -> None:
+    """CUDA keeps a call's error for whoever launches next; a launch takes it."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
+
+
+def _mapped(path: Path, size: int) -> Tensor:
+    """A whole file as bytes (uint8) that nobody may write to."""
+    with open(path, "rb") as file, warnings.catch_warnings():
+        if os.fstat(file.fileno()).st_size != size:
+            raise SdxlError(f"{path} became shorter while it was read.", "Check the artifact: sdxl-build verify")
+        warnings.simplefilter("ignore", UserWarning)  # torch's, that it could be written to
+        return torch.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), dtype=torch.uint8)
 
 
 def _view(name: str, stored: StoredTensor, data: Tensor, header: dict[str, Any], where: str, first: int = 0) -> Tensor:

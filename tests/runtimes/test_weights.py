@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import StoredTensor
 from runtimes import weights
-from runtimes.weights import Weights
+from runtimes.weights import HostFile, Weights
 
 NAMES = ("a", "b", "c")
 ORIGINAL = {name: torch.arange(6.0) + 10 * number for number, name in enumerate(NAMES)}
@@ -91,3 +91,82 @@ def test_a_file_that_is_gone_or_another_is_told(tmp_path: Path, manifest: Any, o
     (tmp_path / "w").unlink()
     with pytest.raises(SdxlError, match="w is missing"):
         on_a_gpu.restore(tmp_path, manifest, "unet", ["a"])
+
+
+class StandInCudart:
+    """The CUDA functions that lock pages. Read-only ones are refused, or not; what is locked is remembered."""
+
+    def __init__(self, refuses: bool) -> None:
+        self.refuses = refuses
+        self.asked: list[tuple[int, int, int]] = []
+        self.locked: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.asked.append((address, size, flags))
+        if self.refuses and flags & 8:
+            return 801
+        self.locked[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_file_in_host_memory_is_copied_only_where_its_own_pages_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    cudart, path = StandInCudart(refuses), tmp_path / "w"
+    path.write_bytes(bytes(range(256)) * 100)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    mapped = torch.empty(0)
+    usual = weights._mapped
+
+    def map_it(path: Path, size: int) -> torch.Tensor:
+        nonlocal mapped
+        mapped = usual(path, size)
+        return mapped
+
+    forgotten: list[None] = []
+    monkeypatch.setattr(weights, "_mapped", map_it)
+    monkeypatch.setattr(weights, "_forget_cuda_error", lambda: forgotten.append(None))
+    held = HostFile(path, 25_600, pin=True)
+    assert held.data.dtype == torch.uint8 and held.data.numpy().tobytes() == path.read_bytes()
+    assert (held.data.data_ptr() == mapped.data_ptr()) != refuses
+    assert cudart.locked == {held.data.data_ptr(): 25_600}
+    assert [flags for _, _, flags in cudart.asked] == ([9, 1] if refuses else [9])
+    assert len(forgotten) == refuses, "or the next launch would fail of it"
+    del held
+    assert not cudart.locked
+
+
+def test_a_file_that_cannot_be_locked_at_all_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cudart, path = StandInCudart(False), tmp_path / "w"
+    path.write_bytes(b"weights")
+    monkeypatch.setattr(cudart, "cudaHostRegister", lambda address, size, flags: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(weights, "_forget_cuda_error", lambda: None)
+    with caplog.at_level("INFO", logger="runtimes"):
+        held = HostFile(path, 7, pin=True)
+    assert held.data.numpy().tobytes() == b"weights" and "CUDA error 2" in caplog.text
+    del held  # nothing to unlock
+    assert HostFile(path, 7, pin=False).data.numpy().tobytes() == b"weights"
+
+
+def test_a_file_in_host_memory_takes_none_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(b"\1" * (32 << 20))
+    before = own_bytes()
+    held = HostFile(path, 32 << 20, pin=False)
+    assert int(held.data.sum()) == 32 << 20
+    assert own_bytes() - before < 16 << 20
+
+
+@pytest.mark.parametrize("told", [8, 6])
+def test_a_file_of_another_length_is_no_weights(tmp_path: Path, told: int) -> None:
+    (tmp_path / "w").write_bytes(b"weights")
+    with pytest.raises(SdxlError, match=r"w became shorter.*sdxl-build verify"):
+        HostFile(tmp_path / "w", told, pin=True)
