@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,10 @@ class _Build:
         self.digests: dict[str, str] = {}
         self.golden: dict[str, Any] = {}
         self._locks: dict[str, contextlib.ExitStack] = {}
+        self._assembled: dict[str, Future[Component]] = {}
+        self._stopped = False
+        self._check: golden.Waiting | None = None
+        self._pool: compiler.Pool | None = None
 
     def run(self) -> Built:
         self.exporter.check_request(self.request)
@@ -109,8 +114,14 @@ class _Build:
         if self.planned.spec.lora:
             lora.check(self.source, self.planned.spec.lora)
         self._check_reference_room()
-        with self.store.stage(needs=self._needs()) as stage, contextlib.ExitStack() as locks:
+        with (
+            self.store.stage(needs=self._needs()) as stage,
+            contextlib.ExitStack() as locks,
+            self._assembler(stage) as assemble,
+            self._checker() as start_check,
+        ):
             jobs = self._missing_code(locks)
+            compiled = {job.component for job in jobs}
             room_here = self.exporter.check_room(self.source.parameters, self.request) if jobs else 0
             reference, at_once = self._reference(), self.planned.spec.jobs
             if self.on_gpu and jobs:
@@ -120,6 +131,7 @@ class _Build:
                 at_once = min(at_once or room_here, room_here)
             index = self.planned.target.index if self.on_gpu else None
             with compiler.Pool(at_once, self.progress, index) as pool, self.store.stage() as scratch:
+                self._pool = pool
                 tensors: dict[str, Mapping[str, Any]] = {}
                 if self.row.weighted:
                     tensors = {name: self.source.tensors(row.source) for name, row in self.table.items()}
@@ -130,12 +142,23 @@ class _Build:
                 pool.start(jobs, scratch)
                 if not self.row.weighted:
                     tensors = {name: self.source.tensors(row.source) for name, row in self.table.items()}
-                    self._golden(tensors, reference)  # while the compilers run
-                for name in sorted({job.component for job in jobs}, key=lambda name: name == "unet"):  # takes longest
+                    for name in self.table:
+                        if name not in compiled:
+                            assemble(name, tensors[name])
+                    if not jobs:
+                        start_check()
+                    self._golden(tensors, reference)  # while the compilers run, and weights are written
+                for name in sorted(compiled, key=lambda name: name == "unet"):  # takes longest
                     self._keep_code(name, pool)
                     self._locks.pop(name).close()  # whoever waits for this code can go on
+                    if not self.row.weighted:
+                        assemble(name, tensors[name])
             locks.close()
-            components = {name: self._assemble(name, tensors[name], stage) for name in self.table}
+            start_check()
+            for name in self.table:
+                if name not in self._assembled:
+                    assemble(name, tensors[name])
+            components = {name: self._assembled[name].result() for name in self.table}
             self._texts(stage)
             with self.progress.stage("check against fp32 eager"):
                 checked = self._checked(stage, self._manifest(stage, components))
@@ -170,8 +193,23 @@ class _Build:
     def _golden(self, tensors: Mapping[str, Mapping[str, Any]], reference: Request) -> None:
         for name, row in self.table.items() if self.planned.spec.golden else ():
             with self.progress.stage(f"{name}: fp32 eager"):
-                self.golden |= sdxl.golden(row, self.source.configs, tensors[name], reference)
+                made = self._golden_of(row, tensors[name], reference)
+                if made is None:
+                    gpu_room.release()
+                    self.progress.say("fp32 eager runs on the CPU, which takes minutes: the GPU's memory ran out.")
+                    reference = dataclasses.replace(reference, device="cpu")
+                    made = sdxl.golden(row, self.source.configs, tensors[name], reference)
+                self.golden |= made
                 gpu_room.release()
+
+    def _golden_of(self, row: sdxl.Component, tensors: Mapping[str, Any], reference: Request) -> dict[str, Any] | None:
+        """None if the GPU has no room any more: something else took it since it was asked."""
+        import torch
+
+        try:
+            return sdxl.golden(row, self.source.configs, tensors, reference)
+        except torch.OutOfMemoryError:
+            return None
 
     def _needs(self) -> int:
         """Bytes that the weights will take at most; code is small beside them."""
@@ -293,6 +331,42 @@ class _Build:
 
     # Weights
 
+    @contextlib.contextmanager
+    def _assembler(self, stage: Path) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
+        """What has a component assembled beside this thread; ``_assembled`` has the results.
+
+        Each has a thread of its own: the hash of a weights file, of which there can be no parts, takes longest. Engines
+        with weights of their own may have files in common, so those come one after the other.
+        """
+
+        def device() -> None:
+            if self.on_gpu:  # a thread has its own
+                import torch
+
+                torch.cuda.set_device(self.planned.target.index)
+
+        def submit(name: str, tensors: Mapping[str, Any]) -> None:
+            self._assembled[name] = threads.submit(self._assemble, name, tensors, stage)
+            self._assembled[name].add_done_callback(failed)
+
+        def failed(future: "Future[Component]") -> None:
+            error = None if self._stopped or future.cancelled() else future.exception()
+            if isinstance(error, Exception) and self._pool is not None:
+                self._pool.fail(error)  # not after all compilers have ended
+
+        with ThreadPoolExecutor(1 if self.row.weighted else len(self.table), "assembler", device) as threads:
+            try:
+                yield submit
+            except BaseException:
+                self._stopped = True
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _written(self, done: int, total: int) -> None:
+        if self._stopped:
+            raise InterruptedError
+        self.progress.update(done, total)
+
     def _assemble(self, name: str, tensors: Mapping[str, Any], stage: Path) -> Component:
         """Links a component's code and weights into the stage."""
         record = self.store.attach_code(self.planned.code_keys[name].digest, stage)
@@ -321,8 +395,7 @@ class _Build:
                     n: PlannedTensor(t.shape, t.dtype, t.stride, t.sources, t.recipe)
                     for n, t in described.tensors.items()
                 }
-                weights.write(path, layout, tensors, self.progress.update)
-                digest = self.store.add_blob(path)
+                digest = self.store.add_blob(path, weights.write(path, layout, tensors, self._written))
         if not self.store.link(self.store.blob(digest), path):
             self.progress.say(f"{path.name} was copied: this file system makes no hard link to the store's blob.")
         self.digests[described.weights] = digest
@@ -375,6 +448,20 @@ class _Build:
             digest="",
         )
 
+    @contextlib.contextmanager
+    def _checker(self) -> Iterator[Callable[[], None]]:
+        """What starts the check's process, which takes seconds before it needs the artifact."""
+
+        def start() -> None:
+            if self._check is None and self.planned.spec.golden and self.present:
+                self._check = golden.Waiting(self.request.device)
+
+        try:
+            yield start
+        finally:
+            if self._check is not None:
+                self._check.close()
+
     def _checked(self, stage: Path, unchecked: Manifest) -> Manifest:
         """The manifest with every variant's measured error, from a fresh process.
 
@@ -385,7 +472,7 @@ class _Build:
         if deferred:
             return self._with_checks(unchecked, lambda name, check: msgspec.structs.replace(check, reason=deferred))
         (stage / manifest.MANIFEST).write_bytes(manifest.encode(unchecked))
-        checked = golden.run(stage, self.request.device)
+        checked = golden.run(stage, self.request.device, self._check)
         if checked.problem:
             raise SdxlError(checked.problem, "See what is wrong with the compiler: sdxl-build doctor")
         results = checked.variants
@@ -401,7 +488,9 @@ class _Build:
         def passed(name: str, check: Check) -> Check:
             return Check(status="passed", error=results[name]["error"], tolerance=check.tolerance, reason="")
 
-        return self._with_checks(unchecked, passed)
+        return self._with_checks(
+            unchecked, passed, {name: int(result.get("activation_bytes", 0)) for name, result in results.items()}
+        )
 
     def _deferred(self) -> str:
         """Why nothing can be checked on this machine; empty if it can."""
@@ -411,11 +500,17 @@ class _Build:
             return f"built for {self.planned.target.name} where there is no such GPU; its first run checks it"
         return ""
 
-    def _with_checks(self, unchecked: Manifest, checked: Callable[[str, Check], Check]) -> Manifest:
+    def _with_checks(
+        self, unchecked: Manifest, checked: Callable[[str, Check], Check], activations: Mapping[str, int] = {}
+    ) -> Manifest:
         components = {}
         for name, component in unchecked.components.items():
             variants = {
-                variant: msgspec.structs.replace(form, check=checked(f"{name}.{variant}", form.check))
+                variant: msgspec.structs.replace(
+                    form,
+                    check=checked(f"{name}.{variant}", form.check),
+                    activation_bytes=activations.get(f"{name}.{variant}", 0),
+                )
                 for variant, form in component.variants.items()
             }
             components[name] = msgspec.structs.replace(component, variants=variants)

@@ -126,6 +126,10 @@ class Pool:
         how = f"signal {-self._codes[name]}" if self._codes[name] < 0 else f"exit code {self._codes[name]}"
         raise SdxlError(f"The compiler of {name} ended with {how}: {_last_line(log)}. Its words: {log}.")
 
+    def fail(self, error: Exception) -> None:
+        """Whoever waits for a result gets this error: something else of the build has failed."""
+        self._error = error
+
     def file(self, component: str, variant: str, name: str) -> Path:
         """Where a compiled variant's file is."""
         return self._scratch / f"{component}.{variant}" / name

@@ -21,15 +21,55 @@ class Checked:
     problem: str = ""
 
 
-def run(folder: Path, device: str | None = None) -> Checked:
-    """Runs an artifact's golden tensors through its engines."""
-    command = [sys.executable, *_CHECK, str(folder), "--json", *(["--device", device] if device else [])]
-    # Where this package was found is where runtimes is, installed or not; not a folder of that name right here.
-    places = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", env=environment, stdin=subprocess.DEVNULL
-    )
+class Waiting:
+    """A check's process that was started early: it imports torch, and then waits for the folder.
+
+    Args:
+        device: where the engines will run; None for what the artifact was built for.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = device
+        self._process = subprocess.Popen(
+            _command("-", device),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_environment(),
+        )
+
+    def run(self, folder: Path) -> "subprocess.CompletedProcess[str]":
+        """What a process gave that was started for this folder."""
+        said = self._process.communicate(os.fsencode(folder) + b"\n")
+        stdout, stderr = (text.decode(errors="replace") for text in said)
+        return subprocess.CompletedProcess(_command(folder, self.device), self._process.returncode, stdout, stderr)
+
+    def close(self) -> None:
+        """Ends it, if it is there still."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+
+
+def run(folder: Path, device: str | None = None, waiting: Waiting | None = None) -> Checked:
+    """Runs an artifact's golden tensors through its engines.
+
+    Args:
+        folder: the artifact's.
+        device: where; None for what it was built for, or what ``waiting`` was started for.
+        waiting: the process to do it; it has run then.
+    """
+    if waiting is not None:
+        done = waiting.run(folder)
+    else:
+        done = subprocess.run(
+            _command(folder, device),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+        )
     variants = _variants(done.stdout)
     if done.returncode in (0, 1) and variants:
         unexplained = done.returncode == 1 and all(v.get("passed", False) for v in variants.values())
@@ -41,8 +81,18 @@ def run(folder: Path, device: str | None = None) -> Checked:
         died = f"died with {signal.Signals(-done.returncode).name}: the compiled code doesn't run here"
     else:
         died = f"ended with exit code {done.returncode} and no result"
-    again = shlex.join(["python", *command[1:]])
+    again = shlex.join(["python", *done.args[1:]])
     return Checked({}, f"The check {died}. {said}{' ' if said else ''}Repeat it with: {again}")
+
+
+def _command(folder: str | os.PathLike[str], device: str | None) -> list[str]:
+    return [sys.executable, *_CHECK, str(folder), "--json", *(["--device", device] if device else [])]
+
+
+def _environment() -> dict[str, str]:
+    # Where this package was found is where runtimes is, installed or not; not a folder of that name right here.
+    places = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "PYTHONSAFEPATH": "1"}
 
 
 def _variants(stdout: str) -> dict[str, dict[str, Any]]:

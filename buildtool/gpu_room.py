@@ -20,9 +20,15 @@ def reference_bytes(parameters: Mapping[str, int], request: Request) -> int:
 
 
 def compiler_bytes(parameters: Mapping[str, int], request: Request) -> int:
-    """GPU memory of one compiler: the weights that it compiles with; it runs nothing of the network."""
-    width = 4 if request.precision == "fp32" else 2
-    return width * max(parameters.values()) + PROCESS_BYTES
+    """GPU memory of one compiler: the weights that it compiles with; it runs nothing of the network.
+
+    A UNet in segments is cut so that they are about equally large.
+    """
+    width, segments = 4 if request.precision == "fp32" else 2, int(request.options.get("segments", 1))
+    sizes = [
+        count * 3 // (2 * segments) if name == "unet" and segments > 1 else count for name, count in parameters.items()
+    ]
+    return width * max(sizes) + PROCESS_BYTES
 
 
 def reference_fits(parameters: Mapping[str, int], request: Request) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 
 class Progress:
     """Stages of a build, each timed; silent (but still timing) when stderr is no terminal.
+
+    Threads have stages of their own.
 
     Args:
         quiet: show nothing; by default nothing is shown where stderr is no terminal.
@@ -18,7 +21,7 @@ class Progress:
         self.seconds: dict[str, float] = {}
         self._quiet = not sys.stderr.isatty() if quiet is None else quiet
         self._bars: Any = None
-        self._task: Any = None
+        self._current = threading.local()
         self._beside: dict[str, Any] = {}
 
     def __enter__(self) -> "Progress":
@@ -41,16 +44,17 @@ class Progress:
     def stage(self, name: str) -> Iterator[None]:
         """Shows and times one stage; stages of the same name add up."""
         began = time.perf_counter()
-        before, self._task = self._task, None
+        before, task = getattr(self._current, "task", None), None
         if self._bars is not None:
-            self._task = self._bars.add_task(name, total=None)
+            task = self._bars.add_task(name, total=None)
+        self._current.task = task
         try:
             yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 3)
             if self._bars is not None:
-                self._bars.update(self._task, total=1, completed=1)
-            self._task = before
+                self._bars.update(task, total=1, completed=1)
+            self._current.task = before
 
     def add(self, name: str, seconds: float) -> None:
         """Counts and shows a stage that ran beside this process."""
@@ -71,9 +75,10 @@ class Progress:
         self._bars.update(self._beside[name], completed=part)
 
     def update(self, done: int, total: int) -> None:
-        """How far the current stage is."""
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, completed=done, total=total)
+        """How far this thread's current stage is."""
+        task = getattr(self._current, "task", None)
+        if self._bars is not None and task is not None:
+            self._bars.update(task, completed=done, total=total)
 
     def say(self, line: str) -> None:
         """One line that is always shown: it tells what the user didn't ask for."""

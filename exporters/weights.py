@@ -5,11 +5,14 @@ boundary, which compiled kernels' vector loads rely on; safetensors allows no ho
 stored with the zeros that follow it. The manifest has the shapes and strides.
 """
 
+import hashlib
 import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +32,8 @@ def write(
     tensors: Mapping[str, StoredTensor],
     source: Mapping[str, Tensor],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Streams the tensors of a plan into ``path``, one in memory at a time.
+) -> str:
+    """Streams the tensors of a plan into ``path``, two in memory at a time: one is written while the next is made.
 
     Args:
         path: the safetensors file to write.
@@ -38,22 +41,47 @@ def write(
         source: the checkpoint's tensors by name.
         progress: called with (bytes written, bytes in all).
 
+    Returns:
+        The file's sha256, as 64 hex digits.
+
     Raises:
         ExportError: the checkpoint lacks a tensor or has another shape than the plan.
     """
     header, total = _header(tensors)
-    with open(path, "wb") as file:
-        file.write(header)
+    digest = hashlib.sha256()
+    under_way: list[Future[Any]] = []
+
+    # Both let other threads run while they work.
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(2, "weights") as pool:
+
+        def put(data: Any) -> None:
+            """Waits for what was put before."""
+            while under_way:
+                under_way.pop().result()
+            under_way.extend((pool.submit(digest.update, data), pool.submit(_write_all, file, data)))
+
+        put(header)
         done = 0
         for name, stored in sorted(tensors.items()):
             data = physical(name, stored, source)
-            file.write(data.view(torch.uint8).numpy().data)
+            put(data.view(torch.uint8).numpy().data)
             padding = _padded(data.nbytes) - data.nbytes
-            file.write(b"\0" * padding)
+            if padding:
+                put(b"\0" * padding)
             done += data.nbytes + padding
             progress(done, total)
-        file.flush()
+        put(b"")
+        while under_way:
+            under_way.pop().result()
         os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _write_all(file: Any, data: Any) -> None:
+    """An unbuffered file takes 2 GB at a time at most."""
+    left = memoryview(data)
+    while left.nbytes:
+        left = left[file.write(left) :]
 
 
 def location(component: str) -> str:

@@ -3,10 +3,12 @@
 Runs in a process of its own, because compiled code that is wrong can take the process with it.
 """
 
+import contextlib
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +112,7 @@ def check(folder: Path, device: str | None = None) -> dict[str, dict[str, Any]]:
     Segments take turns in memory, and components too then: what is built for a small GPU is checked on one.
 
     Returns:
-        ``<component>.<variant>`` -> ``error`` by output, ``tolerance``, ``passed``.
+        ``<component>.<variant>`` -> ``error`` by output, ``tolerance``, ``passed``, ``activation_bytes``.
     """
     manifest = manifests.read(folder)
     if GOLDEN not in manifest.files:
@@ -124,14 +126,29 @@ def check(folder: Path, device: str | None = None) -> dict[str, dict[str, Any]]:
             if turns:
                 stages.free(artifact, ())
             engine = artifact.unchecked_engine(component, variant)
-            error = errors(artifact, component, variant, engine)
+            with _allocated(where) as most:
+                error = errors(artifact, component, variant, engine)
             del engine
             results[f"{component}.{variant}"] = {
                 "error": error,
+                "activation_bytes": most[0],
                 "tolerance": form.check.tolerance,
                 "passed": not failed(error, form),
             }
     return results
+
+
+@contextlib.contextmanager
+def _allocated(device: torch.device) -> Iterator[list[int]]:
+    """The most that torch allocated on a GPU in this context beyond what it had, in bytes; 0 on a CPU."""
+    most = [0]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    yield most
+    if device.type == "cuda":
+        most[0] = torch.cuda.max_memory_allocated(device) - before
 
 
 @click.command()
@@ -139,7 +156,12 @@ def check(folder: Path, device: str | None = None) -> dict[str, dict[str, Any]]:
 @click.option("--device", help="Where to run; default what the artifact was built for.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def main(folder: Path, device: str | None, as_json: bool) -> None:
-    """Runs the golden tensors of the artifact FOLDER through its engines."""
+    """Runs the golden tensors of the artifact FOLDER through its engines; - is the folder on stdin's first line."""
+    if str(folder) == "-":
+        line = os.fsdecode(sys.stdin.buffer.readline().rstrip(b"\n"))
+        if not line:  # whoever started this process doesn't need it any more
+            sys.exit(1)
+        folder = Path(line)
     try:
         results = check(folder, device)
     except SdxlError as error:

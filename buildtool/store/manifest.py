@@ -84,6 +84,8 @@ class Variant(_Struct, frozen=True, omit_defaults=True):
     check: Check
     segments: tuple[Segment, ...] = ()
     """In the order in which they run; no two take the same stored tensor."""
+    activation_bytes: int = 0
+    """What a call takes of a GPU beside weights, by the check at the end of the build; 0 where it is unknown."""
 
     @property
     def files(self) -> tuple[str, ...]:

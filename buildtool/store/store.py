@@ -201,13 +201,13 @@ class Store:
                     raise
                 raise told from error
 
-    def add_blob(self, path: Path) -> str:
-        """Moves a staged file into the blobs, read-only and on the disk; returns its sha256.
+    def add_blob(self, path: Path, digest: str = "") -> str:
+        """Moves a staged file into the blobs, read-only and on the disk; returns its sha256, ``digest`` if it is known.
 
         A blob that is there already is compared byte for byte and kept; a damaged one is replaced, so that
         building again mends it.
         """
-        digest = files.sha256_of(path)
+        digest = digest or files.sha256_of(path)
         target = self.blob(digest)
         with files.disk_errors(self.root):
             files.make_folder(target.parent)

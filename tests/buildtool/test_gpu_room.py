@@ -19,6 +19,12 @@ def test_what_fits_a_card(monkeypatch: pytest.MonkeyPatch, free: float, referenc
     assert gpu_room.compilers(SDXL, REQUEST, reference) == at_once
 
 
+def test_compilers_of_segments_take_less() -> None:
+    parts = Request(1024, 1024, 1, "fp16", "cuda:0", "sm90", {"segments": 8})
+    assert gpu_room.compiler_bytes(SDXL, parts) < gpu_room.compiler_bytes(SDXL, REQUEST) / 2
+    assert gpu_room.reference_bytes(SDXL, parts) == gpu_room.reference_bytes(SDXL, REQUEST)
+
+
 def test_fp32_and_larger_pictures_take_more() -> None:
     wide = Request(2048, 1024, 1, "fp32", "cuda:0", "sm90")
     assert gpu_room.compiler_bytes(SDXL, wide) > gpu_room.compiler_bytes(SDXL, REQUEST)

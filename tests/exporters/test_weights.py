@@ -1,6 +1,8 @@
 """The weights file: any safetensors reader reads it, and it lies as compiled code wants it."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +51,52 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
         weights.write(tmp_path / "w", plan, {})
     with pytest.raises(ExportError, match=r"source has shape \(2, 4\); the compiled code reads \(4, 2\)"):
         weights.write(tmp_path / "w", plan, {"source": torch.zeros(2, 4)})
+
+
+def test_the_files_digest_comes_with_it(tmp_path: Path) -> None:
+    """Of tensors that are padded, one that isn't, and an empty one."""
+    sizes = {"a": 3, "b": 64, "c": 0, "d": 100_001}
+    plan = {name: StoredTensor((size,), "float32", (1,), (name,)) for name, size in sizes.items()}
+    path = tmp_path / "w.safetensors"
+    source = {name: torch.randn(size) for name, size in sizes.items()}
+    told: list[tuple[int, int]] = []
+    digest = weights.write(path, plan, source, lambda done, total: told.append((done, total)))
+    data = path.read_bytes()
+    assert digest == hashlib.sha256(data).hexdigest()
+    assert len(data) > 8 + sum(4 * size for size in sizes.values()) and told[-1][0] == told[-1][1]
+    assert all(torch.equal(load_file(path)[name][: sizes[name]], source[name]) for name in sizes)
+
+
+def test_a_disk_that_takes_a_part_at_a_time_gets_all_of_it() -> None:
+    """As Linux does with 2 GB."""
+    taken: list[bytes] = []
+
+    class Slow:
+        """A stand-in for an unbuffered file."""
+
+        def write(self, data: memoryview) -> int:
+            taken.append(bytes(data[:7]))
+            return len(taken[-1])
+
+    weights._write_all(Slow(), bytes(range(100)))
+    assert b"".join(taken) == bytes(range(100)) and len(taken) == 15
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_full_disk_ends_the_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """At the header, in between, and at the last tensor."""
+    written: list[int] = []
+
+    def full(file: Any, data: Any) -> None:
+        written.append(len(data))
+        if len(written) == at + 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "_write_all", full)
+    plan = {name: StoredTensor((64,), "float32", (1,), (name,)) for name in "abc"}
+    with pytest.raises(OSError, match="No space left"):
+        weights.write(tmp_path / "w", plan, {name: torch.zeros(64) for name in "abc"})
+    assert len(written) == at + 1
 
 
 def test_small_parameters_become_slices_of_longer_ones() -> None:

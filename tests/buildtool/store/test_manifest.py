@@ -100,6 +100,14 @@ def test_engines_that_hold_their_weights_name_no_file(example: Manifest) -> None
     assert decode(data, "x").components["unet"].weights == ""
 
 
+def test_a_manifest_that_does_not_say_what_a_call_takes_keeps_its_bytes(example: Manifest) -> None:
+    assert b"activation_bytes" not in encode(example)
+    said = tampered(example, lambda plain: plain["components"]["unet"]["variants"]["cfg"].update(activation_bytes=5))
+    assert decode(said, "x").components["unet"].variants["cfg"].activation_bytes == 5
+    without = tampered(example, lambda plain: plain["components"]["unet"]["variants"]["cfg"].pop("activation_bytes", 0))
+    assert without == encode(example) and decode(without, "x") == seal(example)
+
+
 def test_another_schema_is_told_even_if_the_rest_is_unknown() -> None:
     assert "schema version 99" in refusal(b'{"schema_version": 99, "surprise": []}')
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import threading
@@ -641,3 +642,14 @@ def test_progress_counts_every_byte(store: Store, exporter: Any, key: ArtifactKe
 def test_no_artifact_is_one_problem(tmp_path: Path) -> None:
     [problem] = verify_files(tmp_path / "nothing")
     assert "does not exist" in problem
+
+
+def test_a_blob_whose_digest_is_known_is_not_read_for_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "sha256_of", lambda path: pytest.fail("it is read once more"))
+    path, digest = tmp_path / "w", hashlib.sha256(b"weights").hexdigest()
+    path.write_bytes(b"weights")
+    assert store.add_blob(path, digest) == digest
+    assert not path.exists() and store.blob(digest).read_bytes() == b"weights"
+    assert store.blob(digest).stat().st_mode & 0o222 == 0
