@@ -16,8 +16,12 @@ from buildtool.store.manifest import Manifest
 from buildtool.store.store import missing_files
 from runtimes import gpu_upload, memory, registry, sizes
 from runtimes.base import Engine, Size, rebuild_hint
+from runtimes.cuda_graph import GraphPool
 from runtimes.gpu_upload import Uploads
 from runtimes.weights import Weights
+
+_SLACK = 1.25
+"""Of a block that the tensors of a call lie in one after another, for the holes between them."""
 
 Engines = dict[tuple[str, ...], Engine]
 """Loaded engines by their inputs' shapes and the digests of code and weights: artifacts of several resolutions share
@@ -191,6 +195,9 @@ def open_all(
     weights = Weights(where, offload=mode in memory.OFFLOADING, sequential=mode == memory.SEQUENTIAL)
     engines = Engines()
     opened = [Artifact(path, manifest, where, weights, engines) for path, manifest in read]
+    if where.type == "cuda" and mode == memory.RESIDENT:
+        variants = [v for _, manifest in read for c in manifest.components.values() for v in c.variants.values()]
+        GraphPool.want(where, int(_SLACK * max(variant.activation_bytes for variant in variants)))
     # Once nothing is left to refuse: the weights come in while engines are opened and prompts encoded.
     if uploads is None and where.type == "cuda":
         uploads = gpu_upload.begin(read, where.index or 0, memory.ahead(mode))

@@ -276,7 +276,7 @@ class Run:
         pictures = self._planner.plan(asked)
         session = self._load()
         try:
-            for picture in session.render(pictures):
+            for picture in session.render(pictures, last=True):
                 if not as_json:
                     click.echo(picture.path)
         finally:  # also after Ctrl-C or a full disk: what is saved is answered for

@@ -1,7 +1,9 @@
 """Calls recorded as CUDA graphs: thousands of launches replayed as one."""
 
+import contextlib
+import contextvars
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,22 @@ log = logging.getLogger("runtimes")
 Function = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
+_postponed = contextvars.ContextVar("postponed", default=False)
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """Nothing is recorded inside: one picture alone is there sooner without.
+
+    What a call launches is then as long under way as the GPU computes, or nearly: it waits for no launch.
+    """
+    token = _postponed.set(True)
+    try:
+        yield
+    finally:
+        _postponed.reset(token)
+
+
 class GraphPool:
     """The memory that the graphs of one device share, and the stream on which they are recorded.
 
@@ -25,11 +43,13 @@ class GraphPool:
     """
 
     _pools: dict[torch.device, "GraphPool"] = {}  # noqa: RUF012
+    _wanted: dict[torch.device, int] = {}  # noqa: RUF012
 
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.cuda.MemPool()
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.memsets = MemsetNodes()
+        self._reserved = 0
 
     @property
     def handle(self) -> Any:
@@ -42,6 +62,30 @@ class GraphPool:
         return cls._pools[device]
 
     @classmethod
+    def want(cls, device: torch.device, size: int) -> None:
+        """Has the device's pool begin with a block of so many bytes, if it is the most that was wanted.
+
+        A pool that grows block by block, for small calls first, ends with holes as large as what is in it.
+        """
+        cls._wanted[device] = max(size, cls._wanted.get(device, 0))
+
+    def reserve(self, device: torch.device) -> None:
+        """Takes the block that is wanted. What is computed on the pool's stream, in the pool, comes out of it.
+
+        Where there is no room for all of it, the pool grows as it is needed.
+        """
+        wanted = self._wanted.get(device, 0)
+        if wanted > self._reserved:
+            self._reserved = wanted
+            try:
+                with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.memory):
+                    torch.empty(wanted, dtype=torch.uint8, device=device)
+            except torch.OutOfMemoryError:
+                log.info(
+                    "The GPU has no room for a block of %.1f GB: the pool of CUDA graphs grows in pieces.", wanted / 1e9
+                )
+
+    @classmethod
     def empty(cls, device: torch.device) -> None:
         """Gives a device's memory back, if no graph lies in it any more.
 
@@ -50,6 +94,7 @@ class GraphPool:
         pool = cls._pools.get(device)
         if pool is not None and pool.memory.use_count() == 1:  # torch aborts if a pool goes before its graphs
             pool.memory = torch.cuda.MemPool()
+            pool._reserved = 0
 
 
 class GraphedCall:
@@ -76,11 +121,15 @@ class GraphedCall:
         self._name, self._function, self._device = name, function, device
         self._specs = (inputs, outputs)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._ran = False
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs: buffers of this call's own, which the next one overwrites."""
+        if self._graph is None and _postponed.get():
+            self._once(inputs)
+            return tuple(self._outputs)
         if self._graph is None:
             self._record(inputs)
         for static, given in zip(self._inputs, inputs, strict=True):
@@ -88,6 +137,13 @@ class GraphedCall:
         assert self._graph is not None
         self._graph.replay()
         return tuple(self._outputs)
+
+    @property
+    def next(self) -> str:
+        """What the next call does beyond computing, in a word: ``first run``, ``record``, or nothing."""
+        if self._graph is not None:
+            return ""
+        return "record" if not _postponed.get() else "" if self._ran else "first run"
 
     @property
     def recorded(self) -> bool:
@@ -99,17 +155,26 @@ class GraphedCall:
             log.info("%s: its CUDA graph is recorded again: %s.", self._name, why)
             self._graph = None
 
-    def _record(self, inputs: Sequence[Tensor]) -> None:
-        pool = GraphPool.of(self._device)
+    def _once(self, inputs: Sequence[Tensor]) -> None:
+        """Computes without recording."""
+        pool, current = GraphPool.of(self._device), torch.cuda.current_stream(self._device)
         if not self._inputs:
             self._inputs, self._outputs = ([_empty(spec, self._device) for spec in specs] for specs in self._specs)
         for static, given in zip(self._inputs, inputs, strict=True):
             static.copy_(given)
-        # Once without recording: libraries load their kernels, choose algorithms and take workspaces.
-        pool.stream.wait_stream(torch.cuda.current_stream(self._device))
+        pool.stream.wait_stream(current)
+        pool.reserve(self._device)
         # What it computes lies in the pool already, or a second resolution's first call would need as much again.
         with torch.cuda.stream(pool.stream), torch.cuda.use_mem_pool(pool.memory):
             self._run()
+        current.wait_stream(pool.stream)
+        self._ran = True
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        pool = GraphPool.of(self._device)
+        if not self._ran:  # once without recording: libraries load their kernels, choose algorithms and take workspaces
+            self._once(inputs)
+        pool.stream.wait_stream(torch.cuda.current_stream(self._device))
         pool.stream.synchronize()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         # thread_local: other threads may allocate meanwhile (weights are still being uploaded).

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from buildtool.store.manifest import Variant
+from runtimes import timeline
 from runtimes.base import Engine
+from runtimes.cuda_graph import GraphedCall
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,23 @@ class SegmentedEngine(Engine):
     Args:
         parts: their engines, in order.
         turns: brings their weights; None where all are there.
+        graph: whether all of it becomes one CUDA graph; the parts have none of their own then.
     """
 
     def __init__(
-        self, name: str, variant: Variant, device: torch.device, parts: Sequence[Engine], turns: Turns | None
+        self,
+        name: str,
+        variant: Variant,
+        device: torch.device,
+        parts: Sequence[Engine],
+        turns: Turns | None,
+        graph: bool = False,
     ) -> None:
         super().__init__(name, variant, device)
         self.parts, self._turns = parts, turns
+        self._graph: GraphedCall | None = None
+        if graph:
+            self._graph = GraphedCall(name, self._launch, variant.inputs, variant.outputs, device)
         last = {spec.name: number for number, part in enumerate(parts) for spec in part.inputs}
         self._dropped = [[name for name, at in last.items() if at == number] for number in range(len(parts))]
 
@@ -143,6 +155,14 @@ class SegmentedEngine(Engine):
         return {name: tensor for part in self.parts for name, tensor in getattr(part, "constants", {}).items()}
 
     def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        if self._graph is None:
+            return self._launch(inputs)
+        if not self._graph.next:
+            return self._graph(inputs)
+        with timeline.span(f"{self._graph.next} {self.name}"):
+            return self._graph(inputs)
+
+    def _launch(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         known = {spec.name: tensor for spec, tensor in zip(self.inputs, inputs, strict=True)}
         for number, part in enumerate(self.parts):
             with self._turns.turn(number) if self._turns is not None else contextlib.nullcontext():

@@ -228,18 +228,24 @@ class Session:
         self._embeddings: tuple[str, ...] | None = ()
         self._unet_steps = {"full": 0, "shallow": 0}
 
-    def render(self, pictures: Sequence[Picture]) -> Iterator[Picture]:
+    def render(self, pictures: Sequence[Picture], last: bool = False) -> Iterator[Picture]:
         """Makes and saves pictures; each is yielded once its file is there.
 
         A call makes as many as the artifact's batch holds, so that finished ones are on the disk early; where not all
         components stay in memory, pixels come after the steps of all. With a GPU, files are written while it computes
         the next call, and pictures are yielded after that.
 
+        Args:
+            pictures: as planned.
+            last: whether nothing will be asked of the pipeline afterwards. A single call then records no CUDA graphs,
+                which would take longer than it gains by them.
+
         Raises:
             SdxlError: a file cannot be written, or what the pipeline raises; what was made before it is saved.
         """
         made = self._one_by_one if self._pipeline.memory == memory.RESIDENT else self._by_stages
-        calls = made([*self._groups(pictures)])
+        groups = [*self._groups(pictures)]
+        calls = self._unrecorded(made(groups)) if last and len(groups) == 1 else made(groups)
         under_way: list[tuple[Picture, Future[float]]] = []
         with ThreadPoolExecutor(SAVERS, "save") as savers:
             try:
@@ -285,6 +291,15 @@ class Session:
                     output = self._refiner(**second, image=output.images, progress=progress)
                     self._account(self._refiner, True)
             yield group, output.images
+
+    def _unrecorded(self, calls: Iterator[tuple[Group, list[Any]]]) -> Iterator[tuple[Group, list[Any]]]:
+        if self._pipeline.device.type == "cuda":
+            from runtimes import cuda_graph
+
+            with cuda_graph.postponed():
+                yield from calls
+        else:
+            yield from calls
 
     def _by_stages(self, groups: Sequence[Group]) -> Iterator[tuple[Group, list[Any]]]:
         from runtimes import stages

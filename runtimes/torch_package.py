@@ -97,9 +97,9 @@ class TorchPackageEngine(Engine):
         if self._graph is None:
             with out_of_memory_told(self.name, self.device):
                 return tuple(self._launch(inputs))
-        if self._graph.recorded:
+        if not self._graph.next:
             return self._graph(inputs)
-        with timeline.span(f"record {self.name}"), out_of_memory_told(self.name, self.device):
+        with timeline.span(f"{self._graph.next} {self.name}"), out_of_memory_told(self.name, self.device):
             return self._graph(inputs)
 
     def _launch(self, inputs: list[Tensor]) -> Sequence[Tensor]:

@@ -41,6 +41,24 @@ def test_a_fresh_process_makes_the_picture(artifacts: dict[str, Path], command: 
     assert int(abs(difference).max()) <= 1
 
 
+def test_a_picture_alone_is_that_of_a_run_that_records_graphs(
+    artifacts: dict[str, Path], command: Run, tmp_path: Path
+) -> None:
+    """Bit for bit; one that comes alone is computed without."""
+    pixels, steps = [], []
+    for count in (1, 2):
+        out = tmp_path / f"{count}-{{seed}}.png"
+        done = command("runtimes.cli", *words(artifacts["fp16"], out, "--json", "--num-images", str(count)))
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert len(told["images"]) == count
+        steps.append({span["name"].partition(" ")[0] for span in told["timeline"]})
+        with Image.open(tmp_path / f"{count}-1.png") as made:
+            pixels.append(numpy.asarray(made.convert("RGB")))
+    assert "record" not in steps[0] and "first" in steps[0] and "record" in steps[1]
+    assert numpy.array_equal(*pixels)
+
+
 def test_two_resolutions_in_one_run(artifacts: dict[str, Path], command: Run, tmp_path: Path) -> None:
     jobs = tmp_path / "jobs.jsonl"
     sizes = [(256, 256), (320, 192), (256, 256)]

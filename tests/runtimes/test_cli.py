@@ -19,7 +19,7 @@ import runtimes
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
 from buildtool.store.presets import PRESETS
-from runtimes import cli
+from runtimes import cli, cuda_graph
 from tests.runtimes.stand_in import StandInPipeline, stand_in_artifact
 
 ROOT = Path(__file__).parents[2]
@@ -696,8 +696,24 @@ def test_a_full_gpu_is_one_line(run, loaded, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
 
     monkeypatch.setattr(StandInPipeline, "__call__", full)
-    monkeypatch.setattr(StandInPipeline, "device", "cuda:0", raising=False)
+    monkeypatch.setattr(StandInPipeline, "device", torch.device("cuda:0"), raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000_000_000, 85_000_000_000))
     code, out, err = run("--prompt", "a", "--seed", "1", "-q")
     assert (code, out) == (1, "")
     assert "no room for this picture: 1.00 GB of its 85.0 GB are free" in one_line(err) and "--vae tiny" in err
+
+
+def test_only_a_run_that_ends_after_one_picture_records_no_graphs(run, loaded, monkeypatch):
+    seen = []
+    call = StandInPipeline.__call__
+
+    def watched(self, *args, **settings):
+        seen.append(cuda_graph._postponed.get())
+        return call(self, *args, **settings)
+
+    monkeypatch.setattr(StandInPipeline, "__call__", watched)
+    monkeypatch.setattr(StandInPipeline, "device", torch.device("cuda:0"))
+    assert run("--prompt", "a", "-q")[0] == 0 and seen == [True]
+    assert run("--prompt", "a", "--num-images", 2, "-q")[0] == 0 and seen[1:] == [False, False]
+    stdin(monkeypatch, {"prompt": "a"})
+    assert run("--prompts", "-", "-q")[0] == 0 and seen[3:] == [False], "another line may follow"

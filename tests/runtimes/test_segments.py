@@ -1,9 +1,10 @@
 """UNets in segments: each finds its weights in its turn, and pictures are those of the UNet in one piece."""
 
+import itertools
 import json
 import struct
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,8 @@ import runtimes
 from buildtool import models
 from buildtool.store.errors import SdxlError
 from buildtool.store.manifest import Check, Segment, StoredTensor, TensorSpec, Variant
-from runtimes import memory, segments
-from runtimes.base import Engine
+from runtimes import memory, segments, timeline
+from runtimes.base import Engine, Loader
 from runtimes.pipeline import Pipeline
 from runtimes.segments import SegmentedEngine, Span, Turns
 from runtimes.weights import Weights
@@ -156,6 +157,85 @@ def test_parts_hand_over_by_name_and_let_go_after_the_last_reader() -> None:
     assert alive == [[], [True, True], [False, True, True]]  # of a, b and c
     with pytest.raises(ValueError, match=r"unet\.cfg takes x, y"):
         ours(x=torch.zeros(1))
+
+
+def in_parts(*names: str) -> Variant:
+    """A variant whose parts hand one tensor on."""
+    check = Check(status="passed", error={}, tolerance=1.0, reason="")
+    parts = tuple(
+        Segment(file=a, inputs=specs(a), outputs=specs(b), constants={}) for a, b in itertools.pairwise(names)
+    )
+    return Variant(file="", inputs=specs(names[0]), outputs=specs(names[-1]), constants={}, check=check, segments=parts)
+
+
+class StandInLoader(Loader):
+    """Remembers with which options engines are made."""
+
+    name = "stand-in"
+
+    def __init__(self) -> None:
+        self.options: list[Mapping[str, Any]] = []
+
+    def check_machine(self, *_: Any) -> None: ...
+
+    def _engine(self, *arguments: Any) -> Engine:
+        _, name, _, form, _, options, device = arguments
+        self.options.append(dict(options))
+        return Adder(name, form, device)
+
+
+@pytest.mark.parametrize(
+    ("device", "offload", "graphs", "whole"),
+    [("cuda:0", False, False, True), ("cuda:0", True, False, False), ("cpu", False, True, False)],
+)
+def test_segments_that_stay_in_memory_are_one_graph(device: str, offload: bool, graphs: bool, whole: bool) -> None:
+    form, loader, where = in_parts("x", "y", "z"), StandInLoader(), torch.device(device)
+    manifest: Any = SimpleNamespace(
+        components={"unet": SimpleNamespace(variants={"cfg": form})},
+        key=SimpleNamespace(options={"segments": 2}),
+    )
+    made = loader.engine(Path("a"), manifest, "unet", "cfg", where, Weights(where, offload=offload))
+    assert isinstance(made, SegmentedEngine) and [part.name for part in made.parts] == ["unet.cfg.1", "unet.cfg.2"]
+    assert loader.options == [{"segments": 2, "cuda_graphs": graphs}] * 2
+    assert (made._graph is not None) == whole
+
+
+def test_segments_in_turns_are_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    form, loader, where = in_parts("x", "y", "z"), StandInLoader(), torch.device("cuda:0")
+    weights = Weights(where, offload=True, sequential=True)
+    monkeypatch.setattr(weights, "turns", lambda *_: (turns([1, 1])[0], {}))
+    manifest: Any = SimpleNamespace(
+        components={"unet": SimpleNamespace(variants={"cfg": form})}, key=SimpleNamespace(options={})
+    )
+    made = loader.engine(Path("a"), manifest, "unet", "cfg", where, weights)
+    assert isinstance(made, SegmentedEngine) and made._graph is None and made._turns is not None
+    assert [options["cuda_graphs"] for options in loader.options] == [False, False]
+
+
+def test_the_graph_of_segments_computes_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a CUDA graph, which calls what it would record."""
+    form = in_parts("x", "y", "z")
+    engines = [Adder(part.file, part, CPU) for part in segments.forms(form)]
+    recorded: list[Any] = []
+
+    class StandInGraph:
+        next = "record"
+
+        def __init__(self, name: str, function: Any, inputs: Any, outputs: Any, device: torch.device) -> None:
+            self.function = function
+            recorded.extend((name, inputs, outputs, device))
+
+        def __call__(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(2 * made for made in self.function(inputs))
+
+    monkeypatch.setattr(segments, "GraphedCall", StandInGraph)
+    monkeypatch.setattr(timeline, "_spans", [])
+    ours = SegmentedEngine("unet.cfg", form, CPU, engines, None, graph=True)
+    assert recorded == ["unet.cfg", form.inputs, form.outputs, CPU]
+    assert ours(x=torch.tensor([3.0]))[0].item() == 6
+    assert [span.name for span in timeline.spans()] == ["record unet.cfg"]
+    ours._graph.next = ""  # type: ignore[union-attr, misc]
+    assert ours(x=torch.tensor([4.0]))[0].item() == 8 and len(timeline.spans()) == 1
 
 
 # From here on with engines.

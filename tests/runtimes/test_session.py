@@ -12,6 +12,7 @@ import torch
 
 from buildtool.store import manifest as manifests
 from buildtool.store.errors import SdxlError
+from runtimes import cuda_graph
 from runtimes.jobs import Job
 from runtimes.names import Names
 from runtimes.session import Picture, Planner, Session
@@ -112,3 +113,39 @@ def test_ctrl_c_while_a_file_is_written_answers_for_it(
         for picture in session.render(pictures):
             made.append(picture.index)
     assert made == [0] and [picture.index for picture in session.saved] == [0] and pictures[0].path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "last", "unrecorded"),
+    [
+        ("cuda", 1, True, [True]),
+        ("cuda", 2, True, [False, False]),
+        ("cuda", 1, False, [False]),
+        ("cpu", 1, True, [False]),
+    ],
+)
+def test_a_single_call_that_is_the_last_records_no_graphs(
+    device: str,
+    count: int,
+    last: bool,
+    unrecorded: list[bool],
+    planned: tuple[Pipeline, Session, list[Picture]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline, session, pictures = planned
+    seen: list[bool] = []
+    monkeypatch.setattr(pipeline, "device", torch.device(device))
+    monkeypatch.setattr(pipeline, "before_call", lambda number: seen.append(cuda_graph._postponed.get()))
+    for picture in session.render(pictures[:count], last=last):
+        assert picture.path.is_file() and not cuda_graph._postponed.get()
+    assert seen == unrecorded and len(session.saved) == count
+
+
+def test_what_comes_after_a_call_that_failed_may_be_recorded(
+    planned: tuple[Pipeline, Session, list[Picture]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, session, pictures = planned
+    monkeypatch.setattr(pipeline, "count", 2)
+    with pytest.raises(RuntimeError, match="the third"):
+        next(session.render(pictures[:1], last=True))
+    assert not cuda_graph._postponed.get()
