@@ -101,6 +101,7 @@ class _Build:
         self.golden: dict[str, Any] = {}
         self._locks: dict[str, contextlib.ExitStack] = {}
         self._assembled: dict[str, Future[Component]] = {}
+        self._written: dict[Path, str] = {}
         self._stopped = False
         self._check: golden.Waiting | None = None
         self._pool: compiler.Pool | None = None
@@ -164,6 +165,8 @@ class _Build:
                 checked = self._checked(stage, self._manifest(stage, components))
             (stage / manifest.MANIFEST).write_bytes(manifest.encode(checked))
             with self.progress.stage("commit"):
+                for path, digest in self._written.items():  # not before: a build that fails leaves none
+                    self._link(self.store.add_blob(path, digest), path)
                 self.built.path = self.store.commit(stage, self.key)
         self.built.seconds = dict(self.progress.seconds)
         return self.built
@@ -335,8 +338,8 @@ class _Build:
     def _assembler(self, stage: Path) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
         """What has a component assembled beside this thread; ``_assembled`` has the results.
 
-        Each has a thread of its own: the hash of a weights file, of which there can be no parts, takes longest. Engines
-        with weights of their own may have files in common, so those come one after the other.
+        Each has a thread of its own, so that none waits for another's file. Engines with weights of their own may have
+        files in common, so those come one after the other.
         """
 
         def device() -> None:
@@ -362,7 +365,7 @@ class _Build:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _written(self, done: int, total: int) -> None:
+    def _wrote(self, done: int, total: int) -> None:
         if self._stopped:
             raise InterruptedError
         self.progress.update(done, total)
@@ -385,7 +388,7 @@ class _Build:
         return described
 
     def _weights(self, source: str, described: Component, tensors: Mapping[str, Any], stage: Path) -> None:
-        """Links the component's weights blob into the stage, writing it if no artifact has it yet."""
+        """Links the component's weights blob into the stage, or writes what becomes one, if no artifact has it yet."""
         path = stage / described.weights
         # A forced build writes the weights anew: adding a blob mends one that was damaged in place.
         digest = None if self.planned.spec.force else self._known_blob(source, described)
@@ -395,10 +398,14 @@ class _Build:
                     n: PlannedTensor(t.shape, t.dtype, t.stride, t.sources, t.recipe)
                     for n, t in described.tensors.items()
                 }
-                digest = self.store.add_blob(path, weights.write(path, layout, tensors, self._written))
+                digest = self._written[path] = weights.write(path, layout, tensors, self._wrote)
+        else:
+            self._link(digest, path)
+        self.digests[described.weights] = digest
+
+    def _link(self, digest: str, path: Path) -> None:
         if not self.store.link(self.store.blob(digest), path):
             self.progress.say(f"{path.name} was copied: this file system makes no hard link to the store's blob.")
-        self.digests[described.weights] = digest
 
     def _known_blob(self, source: str, described: Component) -> str | None:
         """The blob of these source weights in this layout, if an artifact in the store has it."""

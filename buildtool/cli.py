@@ -198,7 +198,8 @@ _deepcache_option = click.option(
     "--segments",
     type=click.IntRange(min=2),
     metavar="N",
-    help="The UNet in N parts, for sdxl-run --memory sequential: on small GPUs they take turns.  [default: one piece]",
+    help="The UNet in N parts, compiled side by side: a shorter build on many cores, and for sdxl-run --memory "
+    "sequential, where they take turns on a small GPU.  [default: one piece]",
 )
 @click.option(
     "--vae-tile",

@@ -105,7 +105,7 @@ def test_a_build_that_fails_waits_for_no_weights() -> None:
         deadline = time.monotonic() + 5
         try:
             while time.monotonic() < deadline:
-                build._written(1, 2)
+                build._wrote(1, 2)
                 time.sleep(0.01)
             ended.append(f"{name} written")
         except InterruptedError:
