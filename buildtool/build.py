@@ -103,7 +103,7 @@ class _Build:
         self._assembled: dict[str, Future[Component]] = {}
         self._written: dict[Path, str] = {}
         self._stopped = False
-        self._check: golden.Waiting | None = None
+        self._waiting: golden.Waiting | None = None
         self._pool: compiler.Pool | None = None
 
     def run(self) -> Built:
@@ -460,14 +460,14 @@ class _Build:
         """What starts the check's process, which takes seconds before it needs the artifact."""
 
         def start() -> None:
-            if self._check is None and self.planned.spec.golden and self.present:
-                self._check = golden.Waiting(self.request.device)
+            if self._waiting is None and self.planned.spec.golden and self.present:
+                self._waiting = golden.Waiting(self.request.device)
 
         try:
             yield start
         finally:
-            if self._check is not None:
-                self._check.close()
+            if self._waiting is not None:
+                self._waiting.close()
 
     def _checked(self, stage: Path, unchecked: Manifest) -> Manifest:
         """The manifest with every variant's measured error, from a fresh process.
@@ -477,9 +477,12 @@ class _Build:
         """
         deferred = self._deferred()
         if deferred:
-            return self._with_checks(unchecked, lambda name, check: msgspec.structs.replace(check, reason=deferred))
+            replace = msgspec.structs.replace
+            return self._with_checks(
+                unchecked, lambda name, form: replace(form, check=replace(form.check, reason=deferred))
+            )
         (stage / manifest.MANIFEST).write_bytes(manifest.encode(unchecked))
-        checked = golden.run(stage, self.request.device, self._check)
+        checked = golden.run(stage, self._waiting)
         if checked.problem:
             raise SdxlError(checked.problem, "See what is wrong with the compiler: sdxl-build doctor")
         results = checked.variants
@@ -492,12 +495,12 @@ class _Build:
                 f"To repeat it: {shlex.join(self.planned.command)}",
             )
 
-        def passed(name: str, check: Check) -> Check:
-            return Check(status="passed", error=results[name]["error"], tolerance=check.tolerance, reason="")
+        def passed(name: str, form: Variant) -> Variant:
+            result = results[name]
+            check = Check(status="passed", error=result["error"], tolerance=form.check.tolerance, reason="")
+            return msgspec.structs.replace(form, check=check, activation_bytes=result["activation_bytes"])
 
-        return self._with_checks(
-            unchecked, passed, {name: int(result.get("activation_bytes", 0)) for name, result in results.items()}
-        )
+        return self._with_checks(unchecked, passed)
 
     def _deferred(self) -> str:
         """Why nothing can be checked on this machine; empty if it can."""
@@ -507,19 +510,10 @@ class _Build:
             return f"built for {self.planned.target.name} where there is no such GPU; its first run checks it"
         return ""
 
-    def _with_checks(
-        self, unchecked: Manifest, checked: Callable[[str, Check], Check], activations: Mapping[str, int] = {}
-    ) -> Manifest:
+    def _with_checks(self, unchecked: Manifest, checked: Callable[[str, Variant], Variant]) -> Manifest:
         components = {}
         for name, component in unchecked.components.items():
-            variants = {
-                variant: msgspec.structs.replace(
-                    form,
-                    check=checked(f"{name}.{variant}", form.check),
-                    activation_bytes=activations.get(f"{name}.{variant}", 0),
-                )
-                for variant, form in component.variants.items()
-            }
+            variants = {variant: checked(f"{name}.{variant}", form) for variant, form in component.variants.items()}
             components[name] = msgspec.structs.replace(component, variants=variants)
         return msgspec.structs.replace(unchecked, components=components, build_seconds=dict(self.progress.seconds))
 

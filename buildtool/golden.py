@@ -30,17 +30,22 @@ class Waiting:
 
     def __init__(self, device: str | None = None) -> None:
         self.device = device
+        # Where this package was found is where runtimes is, installed or not; not a folder of that name right here.
+        places = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             _command("-", device),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=_environment(),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "PYTHONSAFEPATH": "1"},
         )
 
     def run(self, folder: Path) -> "subprocess.CompletedProcess[str]":
-        """What a process gave that was started for this folder."""
-        said = self._process.communicate(os.fsencode(folder) + b"\n")
+        """What came of the folder; as of a process that was started for it."""
+        try:
+            said = self._process.communicate(os.fsencode(folder) + b"\n")
+        finally:
+            self.close()
         stdout, stderr = (text.decode(errors="replace") for text in said)
         return subprocess.CompletedProcess(_command(folder, self.device), self._process.returncode, stdout, stderr)
 
@@ -51,25 +56,9 @@ class Waiting:
             self._process.communicate()
 
 
-def run(folder: Path, device: str | None = None, waiting: Waiting | None = None) -> Checked:
-    """Runs an artifact's golden tensors through its engines.
-
-    Args:
-        folder: the artifact's.
-        device: where; None for what it was built for, or what ``waiting`` was started for.
-        waiting: the process to do it; it has run then.
-    """
-    if waiting is not None:
-        done = waiting.run(folder)
-    else:
-        done = subprocess.run(
-            _command(folder, device),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-        )
+def run(folder: Path, waiting: Waiting | None = None) -> Checked:
+    """Runs an artifact's golden tensors through its engines, in ``waiting`` or a process of its own."""
+    done = (waiting or Waiting()).run(folder)
     variants = _variants(done.stdout)
     if done.returncode in (0, 1) and variants:
         unexplained = done.returncode == 1 and all(v.get("passed", False) for v in variants.values())
@@ -87,12 +76,6 @@ def run(folder: Path, device: str | None = None, waiting: Waiting | None = None)
 
 def _command(folder: str | os.PathLike[str], device: str | None) -> list[str]:
     return [sys.executable, *_CHECK, str(folder), "--json", *(["--device", device] if device else [])]
-
-
-def _environment() -> dict[str, str]:
-    # Where this package was found is where runtimes is, installed or not; not a folder of that name right here.
-    places = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "PYTHONSAFEPATH": "1"}
 
 
 def _variants(stdout: str) -> dict[str, dict[str, Any]]:

@@ -22,13 +22,12 @@ def reference_bytes(parameters: Mapping[str, int], request: Request) -> int:
 def compiler_bytes(parameters: Mapping[str, int], request: Request) -> int:
     """GPU memory of one compiler: the weights that it compiles with; it runs nothing of the network.
 
-    A UNet in segments is cut so that they are about equally large.
+    The largest of a UNet's segments is taken to be half as large again as their mean.
     """
-    width, segments = 4 if request.precision == "fp32" else 2, int(request.options.get("segments", 1))
-    sizes = [
-        count * 3 // (2 * segments) if name == "unet" and segments > 1 else count for name, count in parameters.items()
-    ]
-    return width * max(sizes) + PROCESS_BYTES
+    width, sizes = 4 if request.precision == "fp32" else 2, dict(parameters)
+    if segments := request.options.get("segments"):
+        sizes["unet"] = sizes["unet"] * 3 // (2 * segments)
+    return width * max(sizes.values()) + PROCESS_BYTES
 
 
 def reference_fits(parameters: Mapping[str, int], request: Request) -> bool:

@@ -53,16 +53,14 @@ def kept() -> Iterator[None]:
 
 def _link(source: Path, target: Path) -> None:
     """A whole file or none; a copy, where the folder is on another disk."""
-    with contextlib.suppress(FileExistsError):
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        pass
+    except OSError:
+        part = target.with_suffix(f".{os.getpid()}")
         try:
-            os.link(source, target)
-        except FileExistsError:
-            raise
-        except OSError:
-            if not target.exists():
-                part = target.with_suffix(f".{os.getpid()}")
-                try:
-                    shutil.copyfile(source, part)
-                    part.replace(target)
-                finally:
-                    part.unlink(missing_ok=True)
+            shutil.copyfile(source, part)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)

@@ -54,10 +54,12 @@ def write(
     # Both let other threads run while they work.
     with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(2, "weights") as pool:
 
-        def put(data: Any) -> None:
-            """Waits for what was put before."""
+        def settle() -> None:
             while under_way:
                 under_way.pop().result()
+
+        def put(data: Any) -> None:
+            settle()
             under_way.extend((pool.submit(digest.update, data), pool.submit(_write_all, file, data)))
 
         put(header)
@@ -70,9 +72,7 @@ def write(
                 put(b"\0" * padding)
             done += data.nbytes + padding
             progress(done, total)
-        put(b"")
-        while under_way:
-            under_way.pop().result()
+        settle()
         os.fsync(file.fileno())
     return digest.hexdigest()
 

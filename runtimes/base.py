@@ -124,14 +124,14 @@ class Loader(abc.ABC):
         if form.segments:
             from runtimes import segments
 
-            # Where all segments stay in memory, one graph has them all.
-            whole = options["cuda_graphs"] and turns is None and device.type == "cuda"
-            options["cuda_graphs"] = options["cuda_graphs"] and not whole
+            # Where they stay in memory, one graph has them all.
+            graph = options["cuda_graphs"] and device.type == "cuda"
+            own = {**options, "cuda_graphs": False}
             parts = [
-                self._engine(folder / part.file, f"{name}.{number}", described, part, tensors, options, device)
+                self._engine(folder / part.file, f"{name}.{number}", described, part, tensors, own, device)
                 for number, part in enumerate(segments.forms(form), 1)
             ]
-            return segments.SegmentedEngine(name, form, device, parts, turns, whole)
+            return segments.SegmentedEngine(name, form, device, parts, turns, graph)
         return self._engine(folder / form.file, name, described, form, tensors, options, device)
 
     @abc.abstractmethod

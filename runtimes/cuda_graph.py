@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from buildtool.store.manifest import TensorSpec
+from runtimes import timeline
 from runtimes.gpu_upload import DriverError
 from runtimes.memset_nodes import MemsetNodes
 
@@ -23,10 +24,7 @@ _postponed = contextvars.ContextVar("postponed", default=False)
 
 @contextlib.contextmanager
 def postponed() -> Iterator[None]:
-    """Nothing is recorded inside: one picture alone is there sooner without.
-
-    What a call launches is then as long under way as the GPU computes, or nearly: it waits for no launch.
-    """
+    """Nothing is recorded inside: a single picture is there sooner without, and launches keep ahead of the GPU."""
     token = _postponed.set(True)
     try:
         yield
@@ -127,11 +125,13 @@ class GraphedCall:
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs: buffers of this call's own, which the next one overwrites."""
-        if self._graph is None and _postponed.get():
-            self._once(inputs)
-            return tuple(self._outputs)
         if self._graph is None:
-            self._record(inputs)
+            what = "first run" if _postponed.get() else "record"
+            with contextlib.nullcontext() if self.settled else timeline.span(f"{what} {self._name}"):
+                if _postponed.get():
+                    self._once(inputs)
+                    return tuple(self._outputs)
+                self._record(inputs)
         for static, given in zip(self._inputs, inputs, strict=True):
             static.copy_(given)
         assert self._graph is not None
@@ -139,21 +139,16 @@ class GraphedCall:
         return tuple(self._outputs)
 
     @property
-    def next(self) -> str:
-        """What the next call does beyond computing, in a word: ``first run``, ``record``, or nothing."""
-        if self._graph is not None:
-            return ""
-        return "record" if not _postponed.get() else "" if self._ran else "first run"
-
-    @property
-    def recorded(self) -> bool:
-        return self._graph is not None
+    def settled(self) -> bool:
+        """Whether the next call only computes: it isn't the first, and records nothing."""
+        return self._graph is not None or (self._ran and _postponed.get())
 
     def forget(self, why: str) -> None:
         """Drops the graph; the next call records another."""
         if self._graph is not None:
             log.info("%s: its CUDA graph is recorded again: %s.", self._name, why)
             self._graph = None
+            self._ran = False  # TensorRT has to run once where its memory has moved, before it is recorded
 
     def _once(self, inputs: Sequence[Tensor]) -> None:
         """Computes without recording."""

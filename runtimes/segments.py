@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from buildtool.store.manifest import Variant
-from runtimes import timeline
 from runtimes.base import Engine
 from runtimes.cuda_graph import GraphedCall
 
@@ -155,12 +154,7 @@ class SegmentedEngine(Engine):
         return {name: tensor for part in self.parts for name, tensor in getattr(part, "constants", {}).items()}
 
     def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        if self._graph is None:
-            return self._launch(inputs)
-        if not self._graph.next:
-            return self._graph(inputs)
-        with timeline.span(f"{self._graph.next} {self.name}"):
-            return self._graph(inputs)
+        return self._launch(inputs) if self._graph is None else self._graph(inputs)
 
     def _launch(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         known = {spec.name: tensor for spec, tensor in zip(self.inputs, inputs, strict=True)}

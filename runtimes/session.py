@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -243,14 +243,17 @@ class Session:
         Raises:
             SdxlError: a file cannot be written, or what the pipeline raises; what was made before it is saved.
         """
+        from runtimes import cuda_graph
+
         made = self._one_by_one if self._pipeline.memory == memory.RESIDENT else self._by_stages
         groups = [*self._groups(pictures)]
-        calls = self._unrecorded(made(groups)) if last and len(groups) == 1 else made(groups)
+        calls, alone = made(groups), last and len(groups) == 1
         under_way: list[tuple[Picture, Future[float]]] = []
         with ThreadPoolExecutor(SAVERS, "save") as savers:
             try:
                 while True:
-                    call = next(calls, None)
+                    with cuda_graph.postponed() if alone else nullcontext():
+                        call = next(calls, None)
                     yield from self._finished(under_way)
                     if call is None:
                         return
@@ -291,15 +294,6 @@ class Session:
                     output = self._refiner(**second, image=output.images, progress=progress)
                     self._account(self._refiner, True)
             yield group, output.images
-
-    def _unrecorded(self, calls: Iterator[tuple[Group, list[Any]]]) -> Iterator[tuple[Group, list[Any]]]:
-        if self._pipeline.device.type == "cuda":
-            from runtimes import cuda_graph
-
-            with cuda_graph.postponed():
-                yield from calls
-        else:
-            yield from calls
 
     def _by_stages(self, groups: Sequence[Group]) -> Iterator[tuple[Group, list[Any]]]:
         from runtimes import stages

@@ -94,13 +94,10 @@ class TorchPackageEngine(Engine):
     def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         if self.device.type == "cpu":
             return tuple(self._package.boxed_run(inputs))
-        if self._graph is None:
-            with out_of_memory_told(self.name, self.device):
-                return tuple(self._launch(inputs))
-        if not self._graph.next:
+        if self._graph is not None and self._graph.settled:
             return self._graph(inputs)
-        with timeline.span(f"{self._graph.next} {self.name}"), out_of_memory_told(self.name, self.device):
-            return self._graph(inputs)
+        with out_of_memory_told(self.name, self.device):
+            return tuple(self._launch(inputs)) if self._graph is None else self._graph(inputs)
 
     def _launch(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         with _tf32(self._tf32):

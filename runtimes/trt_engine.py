@@ -179,11 +179,8 @@ class TrtEngine(Engine):
         if self._graph is None:
             self._launch(inputs)
             results = tuple(self._results)
-        elif not self._graph.next:
-            return self._graph(inputs)
         else:
-            with timeline.span(f"{self._graph.next} {self.name}"):
-                results = self._graph(inputs)
+            results = self._graph(inputs)
         if self._cache is not None and self.calls == 1:
             self._cache.keep()
         return results

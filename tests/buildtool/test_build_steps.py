@@ -14,7 +14,7 @@ from buildtool import compiler, gpu_room
 from buildtool.build import _Build
 from buildtool.progress import Progress
 from buildtool.store import manifest as manifests
-from buildtool.store.manifest import Check
+from buildtool.store.manifest import Variant
 from exporters import sdxl
 from exporters.base import Request
 from tests.runtimes.stand_in import stand_in_manifest
@@ -156,14 +156,15 @@ def test_what_each_variant_takes_of_a_gpu_is_in_the_manifest() -> None:
     forms = {"cfg": unet.variants["cfg"], "nocfg": unet.variants["cfg"]}
     unchecked = msgspec.structs.replace(plain, components={"unet": msgspec.structs.replace(unet, variants=forms)})
 
-    def passed(name: str, check: Check) -> Check:
-        return msgspec.structs.replace(check, error={name: 0.0})
+    def passed(name: str, form: Variant) -> Variant:
+        check = msgspec.structs.replace(form.check, error={name: 0.0})
+        return msgspec.structs.replace(form, check=check, activation_bytes=7_000_000 if name == "unet.cfg" else 0)
 
-    made = a_build()._with_checks(unchecked, passed, {"unet.cfg": 7_000_000})
+    made = a_build()._with_checks(unchecked, passed)
     read = manifests.decode(manifests.encode(made), "x").components["unet"].variants
     assert {name: form.activation_bytes for name, form in read.items()} == {"cfg": 7_000_000, "nocfg": 0}
     assert [form.check.error for form in read.values()] == [{"unet.cfg": 0.0}, {"unet.nocfg": 0.0}]
-    assert a_build()._with_checks(unchecked, lambda name, check: check) == unchecked
+    assert a_build()._with_checks(unchecked, lambda name, form: form) == unchecked
 
 
 def test_the_check_says_what_a_variant_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -172,13 +173,13 @@ def test_the_check_says_what_a_variant_takes(monkeypatch: pytest.MonkeyPatch, tm
     result = {"error": {"sample": 0.0}, "tolerance": 1e-4, "passed": True}
     asked: list[Any] = []
 
-    def run(folder: Path, device: str | None, waiting: Any) -> golden.Checked:
-        asked.append((folder, device, waiting))
+    def run(folder: Path, waiting: Any) -> golden.Checked:
+        asked.append((folder, waiting))
         return golden.Checked({"unet.cfg": {**result, "activation_bytes": 5}})
 
     monkeypatch.setattr(golden, "run", run)
     waiting = object()
-    build = a_build(present=True, golden={"x": 0}, request=SimpleNamespace(device="cuda:1"), _check=waiting)
+    build = a_build(present=True, golden={"x": 0}, _waiting=waiting)
     made = build._checked(tmp_path, stand_in_manifest())
     assert made.components["unet"].variants["cfg"].activation_bytes == 5
-    assert asked == [(tmp_path, "cuda:1", waiting)]
+    assert asked == [(tmp_path, waiting)]

@@ -215,12 +215,13 @@ FAILED = {"error": {"sample": 0.5}, "tolerance": 1e-4, "passed": False}
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts a stand-in in the place of ``runtimes.check``: a program that notes its arguments and does as told."""
+    """Puts a stand-in in the place of ``runtimes.check``: a program that notes what it is told, and does as told."""
     script = tmp_path / "stand_in_check.py"
 
     def install(body: str) -> Path:
         noted = tmp_path / "arguments"
-        script.write_text(f"import json, os, sys\nopen({str(noted)!r}, 'w').write(repr(sys.argv[1:]))\n{body}\n")
+        note = f"open({str(noted)!r}, 'w').write(repr([*sys.argv[1:], sys.stdin.read()]))"
+        script.write_text(f"import json, os, sys\n{note}\n{body}\n")
         monkeypatch.setattr(golden, "_CHECK", (str(script),))
         return noted
 
@@ -237,7 +238,7 @@ def test_verify_passes(built: Path, check: Any) -> None:
     assert result == listing.Verified(
         path=str(built), problems=[], variants={"unet.cfg": PASSED}, checked=True, passed=True
     )
-    assert noted.read_text() == repr([str(built), "--json"])
+    assert noted.read_text() == repr(["-", "--json", f"{built}\n"])
     said = text(listing_text.render_verify(result))
     assert "unet.cfg passed: error sample 1e-06 of 0.0001 allowed" in said
     assert "is as it was built" in said

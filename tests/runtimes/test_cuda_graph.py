@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from buildtool.store import manifest as manifests
-from runtimes import artifact, cuda_graph, gpu_upload
+from runtimes import artifact, cuda_graph, gpu_upload, timeline
 from runtimes.cuda_graph import GraphedCall, GraphPool
 from tests.runtimes.stand_in import stand_in_manifest
 from tests.runtimes.test_memory import other
@@ -46,16 +46,6 @@ def test_a_block_that_finds_no_room_is_done_without(monkeypatch: pytest.MonkeyPa
     assert asked == [7_000_000_000] and "no room for a block of 7.0 GB" in caplog.text
 
 
-def test_what_a_call_does_next_is_told() -> None:
-    call = GraphedCall("unet.cfg", lambda inputs: inputs, (), (), GPU)
-    assert call.next == "record"
-    with cuda_graph.postponed():
-        assert call.next == "first run"
-        call._ran = True
-        assert call.next == ""
-    assert call.next == "record" and not call.recorded
-
-
 def test_nothing_is_recorded_while_that_is_postponed(monkeypatch: pytest.MonkeyPatch) -> None:
     call = GraphedCall("unet.cfg", lambda inputs: inputs, (), (), GPU)
     done: list[str] = []
@@ -68,15 +58,27 @@ def test_nothing_is_recorded_while_that_is_postponed(monkeypatch: pytest.MonkeyP
         done.append("record")
         self._graph = StandInGraph()
 
-    monkeypatch.setattr(GraphedCall, "_once", lambda self, inputs: done.append("once"))
+    def once(self: Any, inputs: Any) -> None:
+        done.append("once")
+        self._ran = True
+
+    monkeypatch.setattr(GraphedCall, "_once", once)
     monkeypatch.setattr(GraphedCall, "_record", record)
+    monkeypatch.setattr(timeline, "_spans", [])
     with cuda_graph.postponed():
+        assert not call.settled
         call([])
+        assert call.settled
         call([])
+    assert not call.settled
     call([])
     with cuda_graph.postponed():
+        assert call.settled
         call([])  # a graph that is there is used
     assert done == ["once", "once", "record", "replay", "replay"]
+    assert [span.name for span in timeline.spans()] == ["first run unet.cfg", "record unet.cfg"]
+    call.forget("its memory has moved")
+    assert not call._ran, "TensorRT wants a run before it is recorded again"
 
 
 @pytest.fixture
