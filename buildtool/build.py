@@ -124,15 +124,17 @@ class _Build:
             jobs = self._missing_code(locks)
             compiled = {job.component for job in jobs}
             room_here = self.exporter.check_room(self.source.parameters, self.request) if jobs else 0
-            reference, at_once = self._reference(), self.planned.spec.jobs
-            if self.on_gpu and jobs:
-                room = gpu_room.compilers(self.source.parameters, self.request, reference.device != "cpu")
-                at_once = min(at_once or room, room)
-            if room_here:
-                at_once = min(at_once or room_here, room_here)
             index = self.planned.target.index if self.on_gpu else None
-            with compiler.Pool(at_once, self.progress, index) as pool, self.store.stage() as scratch:
+            with compiler.Pool(self.progress, index) as pool, self.store.stage() as scratch:
                 self._pool = pool
+                if jobs:
+                    pool.prepare(jobs, scratch)  # imports, while this process does
+                reference, at_once = self._reference(), self.planned.spec.jobs
+                if self.on_gpu and jobs:
+                    room = gpu_room.compilers(self.source.parameters, self.request, reference.device != "cpu")
+                    at_once = min(at_once or room, room)
+                if room_here:
+                    at_once = min(at_once or room_here, room_here)
                 tensors: dict[str, Mapping[str, Any]] = {}
                 if self.row.weighted:
                     tensors = {name: self.source.tensors(row.source) for name, row in self.table.items()}
@@ -140,7 +142,8 @@ class _Build:
                     jobs = self._with_weights(jobs, tensors, scratch)
                     tensors = {name: {} for name in self.table}  # the compilers have them, and want the memory
                     gpu_room.release()
-                pool.start(jobs, scratch)
+                if jobs:
+                    pool.start(jobs, at_once)
                 if not self.row.weighted:
                     tensors = {name: self.source.tensors(row.source) for name, row in self.table.items()}
                     for name in self.table:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from buildtool.store import files
 from buildtool.store.errors import SdxlError
 from exporters.base import ExportError, Request
 
+NURSERY = ("-m", "exporters.nursery")
+BEGIN = "begin"
+
 
 @dataclass(frozen=True)
 class Job:
-    """One variant to compile."""
+    """One variant to compile; of no component, what all of a build's need."""
 
     backend: str
     component: str
@@ -33,35 +36,29 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.component}.{self.variant}"
+        return f"{self.component}.{self.variant}" if self.component else self.variant
 
 
 class Pool:
-    """Runs ``python -m exporters.worker`` for each job; leaving the context ends those still running.
+    """Runs ``exporters.worker`` for each job, in processes of :mod:`exporters.nursery`; leaving the context ends them.
 
-    A worker's standard input is a pipe that closes when this process ends, however it ends: then the
-    worker ends too.
+    They end too when this process does, however it ends: a pipe closes then that they all hold.
 
     Args:
-        at_once: processes at the same time; 0 for one a core.
         gpu_index: the one visible GPU that the processes see, as ``cuda:0``; None for none in particular.
     """
 
-    def __init__(self, at_once: int, progress: Progress, gpu_index: int | None = None) -> None:
-        cores = len(os.sched_getaffinity(0))
-        self._at_once = at_once or cores
+    def __init__(self, progress: Progress, gpu_index: int | None = None) -> None:
+        self._at_once = self._cores = len(os.sched_getaffinity(0))
         self._progress = progress
-        self._environment = {
-            "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // 2)),
-            "AOT_INDUCTOR_ENABLE_LINE_TABLES": "0",  # a debugger's: the exporter would strip them
-            **os.environ,
-        }
-        if gpu_index is not None:
-            self._environment["CUDA_VISIBLE_DEVICES"] = visible_device(gpu_index)
+        self._gpu_index = gpu_index
         self._waiting: list[Job] = []
-        self._running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        self._running: dict[str, float] = {}
         self._codes: dict[str, int] = {}
         self._scratch = Path()
+        self._nursery: subprocess.Popen[bytes] | None = None
+        self._leash = -1
+        self._said = b""
         self._lock = threading.Lock()  # of everything that changes
         self._closed = False
         self._error: Exception | None = None
@@ -75,15 +72,55 @@ class Pool:
             self._end()
 
     def _end(self) -> None:
-        for process, _ in self._running.values():
-            if process.stdin is not None:
-                process.stdin.close()
-            process.wait()
+        if self._nursery is not None:
+            for end in (self._nursery.stdin, self._nursery.stdout):
+                with contextlib.suppress(BrokenPipeError):  # it died
+                    if end is not None:
+                        end.close()
+            os.close(self._leash)
+            self._nursery.wait()
+            self._nursery = None
 
-    def start(self, jobs: Sequence[Job], scratch: Path) -> None:
-        """Starts compiling; ``scratch`` is a folder for everything that is in between."""
+    def prepare(self, jobs: Sequence[Job], scratch: Path) -> None:
+        """Begins with what any of these jobs needs; ``scratch`` is a folder for everything that is in between."""
         self._scratch = scratch
         (scratch / "tmp").mkdir()
+        held, self._leash = os.pipe()
+        try:
+            with open(scratch / "nursery.log", "wb") as log:
+                self._nursery = subprocess.Popen(
+                    [
+                        *(sys.executable, *NURSERY),
+                        *(jobs[0].backend, jobs[0].request.device, str(scratch.absolute()), str(held)),
+                    ],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=self._environment(),
+                    pass_fds=(held,),
+                    start_new_session=True,
+                )
+        finally:
+            os.close(held)
+        assert self._nursery.stdout is not None
+        os.set_blocking(self._nursery.stdout.fileno(), False)
+        self._ask(dataclasses.replace(jobs[0], component="", variant=BEGIN, configs={}))
+
+    def _environment(self) -> dict[str, str]:
+        environment = {
+            "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, self._cores // 2)),
+            "AOT_INDUCTOR_ENABLE_LINE_TABLES": "0",  # a debugger's: the exporter would strip them
+            **os.environ,
+        }
+        if self._gpu_index is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = visible_device(self._gpu_index)
+        # Intermediate files go with the scratch folder: a compiler that is killed leaves none in /tmp.
+        places = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TMPDIR": "tmp"}
+        return environment | {name: str((self._scratch / place).absolute()) for name, place in places.items()}
+
+    def start(self, jobs: Sequence[Job], at_once: int = 0) -> None:
+        """Starts compiling what was prepared: ``at_once`` processes at the same time, 0 for one a core."""
+        self._at_once = at_once or self._cores
         # The UNet takes longest, so it goes first.
         self._waiting = sorted(jobs, key=lambda job: job.component != "unet")
         self._fill()
@@ -123,8 +160,8 @@ class Pool:
         log = self._keep_log(name)
         if "error" in answer:
             raise ExportError(f"{answer['error'].rstrip('.')}. The compiler's words: {log}.", answer["hint"])
-        how = f"signal {-self._codes[name]}" if self._codes[name] < 0 else f"exit code {self._codes[name]}"
-        raise SdxlError(f"The compiler of {name} ended with {how}: {_last_line(log)}. Its words: {log}.")
+        ending = _ending(self._codes[name])
+        raise SdxlError(f"The compiler of {name} {ending}: {_last_line(log)}. Its words: {log}.")
 
     def fail(self, error: Exception) -> None:
         """Whoever waits for a result gets this error: something else of the build has failed."""
@@ -144,37 +181,46 @@ class Pool:
     def _fill(self) -> None:
         while self._waiting and len(self._running) < self._at_once:
             job = self._waiting.pop(0)
-            out = self._scratch / job.name
-            out.mkdir()
-            asked = self._scratch / f"{job.name}.job"
-            asked.write_text(json.dumps({**dataclasses.asdict(job), "out": str(out.absolute())}))
-            # Intermediate files go with the scratch folder: a compiler that is killed leaves none in /tmp.
-            places = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TMPDIR": "tmp"}
-            environment = self._environment | {name: str((self._scratch / p).absolute()) for name, p in places.items()}
-            with open(self._scratch / f"{job.name}.log", "wb") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "exporters.worker", str(asked.absolute())],
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    env=environment,
-                    start_new_session=True,
-                )
-            self._running[job.name] = (process, time.perf_counter())
+            self._ask(job)
+            self._running[job.name] = time.perf_counter()
+
+    def _ask(self, job: Job) -> None:
+        out = self._scratch / job.name
+        out.mkdir()
+        asked = self._scratch / f"{job.name}.job"
+        asked.write_text(json.dumps({**dataclasses.asdict(job), "out": str(out.absolute())}))
+        assert self._nursery is not None and self._nursery.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died, which its output's end tells
+            self._nursery.stdin.write(os.fsencode(asked.absolute()) + b"\n")
+            self._nursery.stdin.flush()
 
     def _collect(self) -> None:
-        for name, (process, began) in list(self._running.items()):
-            code = process.poll()
-            if code is None:
-                self._show(name)
-                continue
-            if process.stdin is not None:
-                process.stdin.close()
-            del self._running[name]
+        for name, code in self._ended():
             self._codes[name] = code
             self._progress.beside(name, 1.0)
-            self._progress.add(f"{name}: compile", time.perf_counter() - began)
+            self._progress.add(f"{name}: compile", time.perf_counter() - self._running.pop(name))
+        for name in self._running:
+            self._show(name)
         self._fill()
+
+    def _ended(self) -> Iterator[tuple[str, int]]:
+        """Jobs that have ended, with their exit codes.
+
+        Raises:
+            SdxlError: what starts them is dead.
+        """
+        assert self._nursery is not None and self._nursery.stdout is not None
+        said = self._nursery.stdout.read()
+        if said == b"" and self._running:
+            code = self._nursery.wait()
+            log = self._scratch / "nursery.log"
+            raise SdxlError(f"What starts the compilers {_ending(code)}: {_last_line(log)}.")
+        *lines, self._said = (self._said + (said or b"")).split(b"\n")
+        for line in lines:
+            ended_with, _, job = os.fsdecode(line).partition(" ")
+            name = Path(job).stem
+            if name in self._running:  # not what begins: where it fails, the others do its work, or fail too
+                yield name, int(ended_with)
 
     def _show(self, name: str) -> None:
         """How far a compiler is, if it tells."""
@@ -195,6 +241,10 @@ def visible_device(index: int) -> str:
     """The value of ``CUDA_VISIBLE_DEVICES`` with which a process sees only this one's device ``index``."""
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return visible[index] if index < len(visible) else str(index)
+
+
+def _ending(code: int) -> str:
+    return f"ended with signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
 def _last_line(log: Path) -> str:

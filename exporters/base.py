@@ -102,6 +102,20 @@ class Exporter(abc.ABC):
             ExportError: the request, or what is missing here to serve it.
         """
 
+    def prepare(self, device: str) -> None:  # noqa: B027  # most import what they need when they need it
+        """Imports what compiling needs, and starts nothing: compilers' processes are forked from one that has it.
+
+        Args:
+            device: torch's name of what will be compiled for; ``cpu`` or a GPU, which must not be touched.
+        """
+
+    def begin(self, request: Request, out: Path) -> None:  # noqa: B027
+        """Makes what all compilers of a build will need, in a process of its own, while they work towards it.
+
+        Args:
+            out: a folder for what isn't needed any more afterwards.
+        """
+
     def check_room(self, parameters: Mapping[str, int], request: Request) -> int:
         """How many compilers at once this machine has memory for, at least one; 0 for any number.
 

@@ -1,7 +1,9 @@
-"""Where torch's compiler, left to itself, makes slow kernels of SDXL's UNet on a GPU: each with its measured reason."""
+"""What torch's compiler, left to itself, does slowly, or makes slow kernels of: each with its measured reason."""
 
 import contextlib
-from collections.abc import Iterator
+import importlib
+import unittest.mock
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,3 +65,57 @@ def join_channels_last(graph: fx.Graph) -> int:
         graph.erase_node(node)
         found += 1
     return found
+
+
+@contextlib.contextmanager
+def quicker() -> Iterator[None]:
+    """The same code sooner.
+
+    - What one of our Triton kernels writes to is found by compiling it: at each of its calls, three times over. Once
+      for each kind of arguments will do: of the 60 s of the VAE's compiler on an H100 that was more than a third.
+    - The graph is printed as a program that repeats the compilation, for a log that nobody asked for.
+    """
+    from torch._dynamo.repro import after_aot
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    with contextlib.ExitStack() as stack:
+        for name in ("identify_accessed_tensors", "identify_mutated_tensors"):  # torch 2.13's name, and that before
+            if hasattr(triton_kernel_wrap, name):
+                remembering = remembered(getattr(triton_kernel_wrap, name))
+                stack.enter_context(unittest.mock.patch.object(triton_kernel_wrap, name, remembering))
+        stack.enter_context(unittest.mock.patch.object(after_aot, "save_graph_repro", lambda *_, **__: None))
+        yield
+
+
+Identify = Callable[[Any, Mapping[str, Any], Mapping[str, Any]], Any]
+
+
+def remembered(identify: Identify) -> Identify:
+    """What a Triton kernel reads and writes, for arguments of the same dtypes and the same other values."""
+    found: dict[object, Any] = {}
+
+    def again(kernel: Any, kwargs: Mapping[str, Any], tma_descriptor_metadata: Mapping[str, Any]) -> Any:
+        values = tuple((name, type(value), getattr(value, "dtype", value)) for name, value in kwargs.items())
+        key = (id(kernel), values)
+        if tma_descriptor_metadata or not _has_hash(key):
+            return identify(kernel, kwargs, tma_descriptor_metadata)
+        if key not in found:
+            found[key] = identify(kernel, kwargs, tma_descriptor_metadata)
+        return found[key]
+
+    return again
+
+
+def _has_hash(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def compute_keys() -> None:
+    """Has torch and Triton compute what they name their caches by: hashes of all that they are, once a process."""
+    for module, name in (("torch._inductor.codecache", "torch_key"), ("triton.runtime.cache", "triton_key")):
+        with contextlib.suppress(ImportError, AttributeError):
+            getattr(importlib.import_module(module), name)()

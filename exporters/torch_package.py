@@ -1,6 +1,7 @@
 """The torch backend: ``torch.export`` and AOTInductor, code without weights (``.pt2``)."""
 
 import contextlib
+import importlib
 import os
 import platform
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exporters import headers, inductor, layout
@@ -29,11 +31,54 @@ ATTENTION = {
     "others": (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
 }
 
+# What each compiler imports, sooner or later.
+IMPORTS = (
+    "torch.export._trace",
+    "torch._inductor.compile_fx",
+    "torch._inductor.package",
+    "torch._inductor.choices",
+    "torch._inductor.fx_passes.joint_graph",
+    "torch._inductor.fx_passes.post_grad",
+    "torch._dynamo.repro.aoti",
+    "torch.utils.cpp_extension",
+    "torchgen.aoti.fallback_ops",
+    "sympy.combinatorics",
+)
+GPU_IMPORTS = (
+    "torch._inductor.codegen.cpp_wrapper_gpu",
+    "torch._inductor.codegen.cuda_combined_scheduling",
+    "torch._inductor.kernel.conv",
+    "torch._inductor.select_algorithm",
+    "exporters.group_norm_kernels",
+)
+MODELS = ("UNet2DConditionModel", "AutoencoderKL")
+
 
 class TorchExporter(Exporter):
     """Compiles with AOTInductor for the GPU that is present, or for this machine's CPU level."""
 
     name = "torch"
+
+    def prepare(self, device: str) -> None:
+        for name in IMPORTS if device == "cpu" else (*IMPORTS, *GPU_IMPORTS):
+            with contextlib.suppress(ImportError):  # parts of torch, some of which another version doesn't have
+                importlib.import_module(name)
+        for name in MODELS:  # which diffusers imports when they are asked for
+            getattr(importlib.import_module("diffusers"), name)
+        inductor.compute_keys()
+
+    @torch.no_grad()
+    def begin(self, request: Request, out: Path) -> None:
+        """Has torch's C++ headers precompiled, which takes seconds that the first compilers to need them would wait.
+
+        On a CPU, of which there may be few, they make them when they need them.
+        """
+        if request.device == "cpu":
+            return
+        inputs = {"x": torch.zeros(16, device=request.device)}
+        with _gpu_settings(request, ""):
+            program = torch.export.export(_Double(), (), kwargs=inputs, strict=False)
+            _compile(program, out / "begin.pt2", request)
 
     def check_request(self, request: Request) -> None:
         if request.precision not in TENSORS:
@@ -93,6 +138,13 @@ class TorchExporter(Exporter):
         )
 
 
+class _Double(nn.Module):
+    """The least that there is to compile."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x
+
+
 @contextlib.contextmanager
 def _gpu_settings(request: Request, component: str) -> Iterator[None]:
     """What torch decides by while it traces and compiles for a GPU: attention's kernels, and TF32."""
@@ -130,7 +182,7 @@ def _compile(program: torch.export.ExportedProgram, file: Path, request: Request
         "aot_inductor.compile_wrapper_opt_level": "O0",
     }
     try:
-        with _portable(request.target), headers.kept(), warnings.catch_warnings():
+        with _portable(request.target), headers.kept(), inductor.quicker(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
             torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
     except (OSError, MemoryError):

@@ -1,7 +1,7 @@
-"""Compiles one variant in a process of its own: ``python -m exporters.worker``.
+"""Compiles one variant in a process of its own, which :mod:`exporters.nursery` starts.
 
-Reads a job (JSON) from its arguments' file and writes the result beside it. Its standard input is a
-leash: when it closes, because the builder is done or dead, the worker and its compilers end.
+Reads a job (JSON) from a file and writes the result beside it. Its standard input is a leash: when it closes, because
+the builder is done or dead, the worker and its compilers end.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ def main(job: Path) -> int:
     """Runs a job file: ``backend``, ``component``, ``variant``, ``configs``, ``request``, ``out``.
 
     Writes ``<job>.result``: the variant's description, or ``error`` and ``hint``; meanwhile ``<job>.progress``, the
-    part that is done, if the compiler tells. Returns the exit code.
+    part that is done, if the compiler tells. Of no component, it makes what all of them need, and writes nothing.
+    Returns the exit code.
     """
     threading.Thread(target=_end_with_builder, daemon=True).start()
     gc.set_threshold(50_000, 50, 50)  # a compiler's graphs are alive to the end: looking through them is a tenth of it
@@ -35,6 +36,9 @@ def main(job: Path) -> int:
     try:
         request = Request(**asked["request"])
         exporter = registry.exporter(asked["backend"])
+        if not asked["component"]:
+            exporter.begin(request, Path(asked["out"]))
+            return 0
         exporter.progress = _Progress(job.with_suffix(".progress"))
         code = exporter.export(
             sdxl.component(asked["component"], request.options),

@@ -215,6 +215,6 @@ def _workers(root: Path) -> list[str]:
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except OSError:
                 continue
-            if "exporters.worker" in line and str(root) in line:
+            if "exporters." in line and str(root) in line:
                 found.append(line)
     return found

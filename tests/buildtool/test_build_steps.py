@@ -128,7 +128,7 @@ def test_weights_that_cannot_be_written_end_the_build_at_once() -> None:
     def assemble(name: str, tensors: Any, stage: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with compiler.Pool(1, Progress(quiet=True)) as pool:
+    with compiler.Pool(Progress(quiet=True)) as pool:
         build = a_build(_assemble=assemble, _pool=pool)
         with build._assembler(STAGE) as submit:
             submit("first", {})

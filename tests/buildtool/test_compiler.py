@@ -1,12 +1,16 @@
-"""Compilers beside the builder, with a stand-in for the interpreter that runs them."""
+"""Compilers beside the builder, with a stand-in for what they run."""
 
+import contextlib
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from buildtool import compiler
 from buildtool.progress import Progress
+from buildtool.store.errors import SdxlError
 from exporters.base import ExportError, Request
 
 REQUEST = Request(64, 64, 1, "fp32", "cpu", "cpu-avx2")
@@ -16,52 +20,118 @@ def jobs(*names: str) -> list[compiler.Job]:
     return [compiler.Job("torch", name, "main", {}, REQUEST) for name in names]
 
 
+STAND_IN = """
+import json, os, signal, sys, threading, time
+from exporters import nursery, worker
+
+def main(job):
+    threading.Thread(target=worker._end_with_builder, daemon=True).start()
+    if job.stem == "begin":
+        return 1
+    time.sleep(0.2)
+    print("about", job.stem, flush=True)
+    if "wrong" in job.stem:
+        job.with_suffix(".result").write_text(json.dumps({"error": "no", "hint": "try less"}))
+        return 1
+    if "killed" in job.stem:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "long" in job.stem:
+        time.sleep(600)
+    if "orphan" in job.stem:
+        os.kill(os.getppid(), signal.SIGKILL)
+    job.with_suffix(".result").write_text(json.dumps({"file": "x"}))
+    return 0
+
+worker.main = main
+nursery.main(int(sys.argv[-1]))
+"""
+
+
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A "compiler" that takes 0.2 s and answers; that of ``wrong`` fails."""
-    script = tmp_path / "stand-in-python"
-    script.write_text(
-        '#!/bin/sh\nsleep 0.2\ncase "$3" in\n'
-        '*wrong*) echo \'{"error": "no", "hint": "try less"}\' > "${3%.job}.result"; exit 1;;\n'
-        '*) echo \'{"file": "x"}\' > "${3%.job}.result";;\nesac\n'
-    )
-    script.chmod(0o755)
-    monkeypatch.setattr(compiler.sys, "executable", str(script))
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    return scratch
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A "compiler" that takes 0.2 s and answers; that of ``wrong`` fails, ``killed`` and ``orphan`` end badly.
+
+    What is made for all of them beforehand fails each time, which nobody has to notice.
+    """
+    script = tmp_path / "stand_in_nursery.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(compiler, "NURSERY", (str(script),))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setattr(compiler.tempfile, "tempdir", str(tmp_path))  # where logs of what failed are kept
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    return folder
 
 
-def test_the_next_compiler_starts_while_the_builder_is_busy(stand_in: Path) -> None:
+@contextlib.contextmanager
+def running(scratch: Path, *names: str, at_once: int, progress: Progress | None = None) -> Iterator[compiler.Pool]:
+    with compiler.Pool(progress or Progress(quiet=True)) as pool:
+        pool.prepare(jobs(*names), scratch)
+        pool.start(jobs(*names), at_once)
+        yield pool
+
+
+def test_the_next_compiler_starts_while_the_builder_is_busy(scratch: Path) -> None:
     progress = Progress(quiet=True)
-    with compiler.Pool(1, progress) as pool:
-        pool.start(jobs("unet", "vae_decoder", "text_encoder"), stand_in)
+    with running(scratch, "unet", "vae_decoder", "text_encoder", at_once=1, progress=progress) as pool:
         until = time.monotonic() + 20
-        while len(list(stand_in.glob("*.result"))) < 3 and time.monotonic() < until:
+        while len(list(scratch.glob("*.result"))) < 3 and time.monotonic() < until:
             time.sleep(0.01)  # busy with fp32 eager, say
-        assert len(list(stand_in.glob("*.result"))) == 3
-        time.sleep(1.0)
+        assert len(list(scratch.glob("*.result"))) == 3
+        time.sleep(2.0)
         assert [pool.result(name, "main") for name in ("unet", "text_encoder", "vae_decoder")] == [{"file": "x"}] * 3
-    # Its own time, not the time until somebody asked for it.
-    assert all(progress.seconds[f"{name}.main: compile"] < 1.0 for name in ("unet", "vae_decoder", "text_encoder"))
+    # Its own time, not the time until somebody asked for it. The first one's has what all of them import in it.
+    assert all(progress.seconds[f"{name}.main: compile"] < 1.0 for name in ("vae_decoder", "text_encoder"))
 
 
-def test_one_that_fails_is_told_in_its_own_words(
-    stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compiler.tempfile, "tempdir", str(tmp_path))  # where its log is kept
-    with compiler.Pool(2, Progress(quiet=True)) as pool:
-        pool.start(jobs("wrong", "text_encoder"), stand_in)
-        with pytest.raises(ExportError, match=r"no\. The compiler's words: .*wrong.*try less"):
+def test_one_that_fails_is_told_in_its_own_words(scratch: Path) -> None:
+    with running(scratch, "wrong", "text_encoder", at_once=2) as pool:
+        with pytest.raises(ExportError, match=r"no\. The compiler's words: .*wrong.*try less") as told:
             pool.result("wrong", "main")
+        (log,) = (word.rstrip(".") for word in told.value.message.split() if ".log" in word)
+        assert Path(log).read_text() == "about wrong.main\n"
 
 
-def test_a_watch_that_fails_is_told_and_not_waited_for(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_a_signal_ends_is_told(scratch: Path) -> None:
+    with running(scratch, "killed", at_once=2) as pool, pytest.raises(SdxlError, match="ended with signal 11: about"):
+        pool.result("killed", "main")
+
+
+def test_what_starts_them_is_told_if_it_dies_and_its_compilers_end(scratch: Path) -> None:
+    with running(scratch, "long", "orphan", at_once=2) as pool:
+        with pytest.raises(SdxlError, match="What starts the compilers ended with signal 9"):
+            pool.result("orphan", "main")
+        assert len(_groups(scratch)) == 1, "long is at work still, with nobody above it"
+    until = time.monotonic() + 10
+    while _groups(scratch) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not _groups(scratch), "its leash is gone"
+
+
+def test_compilers_at_work_end_with_the_pool(scratch: Path) -> None:
+    with running(scratch, "long", at_once=1):
+        until = time.monotonic() + 20
+        while not _groups(scratch) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert _groups(scratch)
+    assert not _groups(scratch)
+
+
+def _groups(scratch: Path) -> list[int]:
+    """Compilers at work: processes whose log is open below the folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.readlink(entry / "fd" / "1").startswith(str(scratch)):
+                    found.append(int(entry.name))
+    return found
+
+
+def test_a_watch_that_fails_is_told_and_not_waited_for(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: compiler.Pool) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compiler.Pool, "_collect", full)
-    with compiler.Pool(1, Progress(quiet=True)) as pool:
-        pool.start(jobs("unet"), stand_in)
-        with pytest.raises(OSError, match="No space"):
-            pool.result("unet", "main")
+    with running(scratch, "unet", at_once=1) as pool, pytest.raises(OSError, match="No space"):
+        pool.result("unet", "main")

@@ -66,3 +66,40 @@ def test_rows_of_sdxls_layer_norms_are_reduced_in_one_go(monkeypatch: pytest.Mon
         assert not V.choices.should_use_persistent_reduction(Features(1280), True)
     assert asked == [4096, 640, 1280], "the rest is Inductor's own choice"
     assert not V.choices.should_use_persistent_reduction(Features(1280), False)
+
+
+def test_what_a_triton_kernel_writes_is_found_once_for_each_kind_of_arguments() -> None:
+    asked: list[dict[str, object]] = []
+
+    def identify(kernel: object, kwargs: dict[str, object], tma_descriptor_metadata: dict[str, object]) -> object:
+        asked.append(dict(kwargs))
+        return ["out", len(asked)]
+
+    again = inductor.remembered(identify)  # type: ignore[arg-type]
+    kernel, other = object(), object()
+    x, longer, half = torch.zeros(2), torch.zeros(3), torch.zeros(2, dtype=torch.float16)
+    first = again(kernel, {"x": x, "C": 64, "SILU": True}, {})
+    assert again(kernel, {"x": longer, "C": 64, "SILU": True}, {}) is first and len(asked) == 1
+    for different in ({"x": half, "C": 64, "SILU": True}, {"x": x, "C": 1, "SILU": True}, {"x": x, "C": 64, "SILU": 1}):
+        assert again(kernel, different, {}) is not first
+    assert again(other, {"x": x, "C": 64, "SILU": True}, {}) is not first
+    assert len(asked) == 5
+    for nowhere in range(2):  # a value without a hash, and what descriptors say, are not told from others
+        again(kernel, {"x": x, "grid": [1]}, {})
+        again(kernel, {"x": x, "C": 64, "SILU": True}, {"x": "described"})
+        assert len(asked) == 7 + 2 * nowhere
+
+
+def test_nothing_is_printed_for_a_log_that_nobody_asked_for() -> None:
+    from torch._dynamo.repro import after_aot
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    names = ("identify_accessed_tensors", "identify_mutated_tensors")
+    before = [getattr(triton_kernel_wrap, name, None) for name in names]
+    printed = after_aot.save_graph_repro
+    with inductor.quicker():
+        within = [getattr(triton_kernel_wrap, name, None) for name in names]
+        assert after_aot.save_graph_repro is not printed
+    assert any(before) and all(a is not b or a is None for a, b in zip(before, within, strict=True))
+    assert [getattr(triton_kernel_wrap, name, None) for name in names] == before
+    assert after_aot.save_graph_repro is printed

@@ -518,7 +518,7 @@ def test_a_workers_progress_reaches_the_builders_bars(tmp_path: Path) -> None:
         update=lambda task, completed: bars.update({task: completed}),
         remove_task=bars.pop,
     )
-    pool = compiler.Pool(1, shown)
+    pool = compiler.Pool(shown)
     pool._scratch = tmp_path
     pool._show("unet.cfg")
     pool._show("unet.nocfg")  # which says nothing yet
