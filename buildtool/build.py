@@ -152,6 +152,7 @@ class _Build:
                     if not jobs:
                         start_check()
                     self._golden(tensors, reference)  # while the compilers run, and weights are written
+                    start_check()
                 for name in sorted(compiled, key=lambda name: name == "unet"):  # takes longest
                     self._keep_code(name, pool)
                     self._locks.pop(name).close()  # whoever waits for this code can go on

@@ -96,8 +96,8 @@ def remembered(identify: Identify) -> Identify:
 
     def again(kernel: Any, kwargs: Mapping[str, Any], tma_descriptor_metadata: Mapping[str, Any]) -> Any:
         values = tuple((name, type(value), getattr(value, "dtype", value)) for name, value in kwargs.items())
-        key = (id(kernel), values)
-        if tma_descriptor_metadata or not _has_hash(key):
+        key = (id(kernel), values, repr(tma_descriptor_metadata))
+        if not _has_hash(key):
             return identify(kernel, kwargs, tma_descriptor_metadata)
         if key not in found:
             found[key] = identify(kernel, kwargs, tma_descriptor_metadata)
@@ -112,6 +112,29 @@ def _has_hash(value: object) -> bool:
     except TypeError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def scratch_for_all() -> Iterator[None]:
+    """Gives each program of a Triton kernel the memory that it asks for, as where it describes a tensor to the GPU.
+
+    Up to torch 2.11 at least, compiled code allocates one program's for all of them, and they write beyond it.
+    """
+    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
+
+    allocate = CUDADeviceOpOverrides.cpp_scratch
+
+    def cpp_scratch(self: Any, idx: int, workspace: Any, prefix: str | None = None) -> Any:
+        made = allocate(self, idx, workspace, prefix)
+        if not made:
+            return made
+        one = f"{{{workspace.size}}}"
+        every = f"{{static_cast<int64_t>({workspace.size}) * grid_0 * grid_1 * grid_2}}"
+        lines, name = made
+        return [line.replace(one, every) for line in lines], name
+
+    with unittest.mock.patch.object(CUDADeviceOpOverrides, "cpp_scratch", cpp_scratch):
+        yield
 
 
 def compute_keys() -> None:

@@ -49,6 +49,7 @@ GPU_IMPORTS = (
     "torch._inductor.codegen.cuda_combined_scheduling",
     "torch._inductor.kernel.conv",
     "torch._inductor.select_algorithm",
+    "exporters.geglu_kernel",
     "exporters.group_norm_kernels",
 )
 MODELS = ("UNet2DConditionModel", "AutoencoderKL")
@@ -119,10 +120,12 @@ class TorchExporter(Exporter):
         with _gpu_settings(request, component.name):
             program = torch.export.export(graph.module, (), kwargs=inputs, strict=False)
             if request.device != "cpu":
-                from exporters import group_norm  # where there is no Triton, torch warns of it
+                from exporters import geglu, group_norm  # where there is no Triton, torch warns of it
 
                 inductor.join_channels_last(program.graph)
                 group_norm.fuse(program.graph)
+                if request.target in geglu.TARGETS:
+                    geglu.fuse(program.graph)
             used = _constants(program, stem)
             results = [node.meta["val"] for node in program.graph.find_nodes(op="output")[0].args[0]]
             _compile(program, file, request)
@@ -155,7 +158,7 @@ def _gpu_settings(request: Request, component: str) -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     matmul.allow_tf32 = cudnn.allow_tf32 = bool(request.options.get("tf32"))
     choices = inductor.choices() if component == "unet" else contextlib.nullcontext()
-    with sdpa_kernel(list(backends), set_priority=True), choices:
+    with sdpa_kernel(list(backends), set_priority=True), choices, inductor.scratch_for_all():
         yield
 
 

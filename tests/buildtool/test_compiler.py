@@ -97,6 +97,18 @@ def test_one_that_a_signal_ends_is_told(scratch: Path) -> None:
         pool.result("killed", "main")
 
 
+def test_where_cuda_is_up_already_compilers_start_by_themselves(scratch: Path, tmp_path: Path) -> None:
+    """What is forked then can't use a GPU. A stand-in for the interpreter answers for the compiler."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "{\\"file\\": \\"$2\\"}" > "${3%.job}.result"\n')
+    python.chmod(0o755)
+    script = tmp_path / "stand_in_nursery.py"
+    up = f"nursery._driver_is_up, sys.executable = (lambda: True), {str(python)!r}\n"
+    script.write_text(STAND_IN.replace("nursery.main(", f"{up}nursery.main("))
+    with running(scratch, "unet", at_once=1) as pool:
+        assert pool.result("unet", "main") == {"file": "exporters.worker"}
+
+
 def test_what_starts_them_is_told_if_it_dies_and_its_compilers_end(scratch: Path) -> None:
     with running(scratch, "long", "orphan", at_once=2) as pool:
         with pytest.raises(SdxlError, match="What starts the compilers ended with signal 9"):

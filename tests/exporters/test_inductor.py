@@ -71,7 +71,7 @@ def test_rows_of_sdxls_layer_norms_are_reduced_in_one_go(monkeypatch: pytest.Mon
 def test_what_a_triton_kernel_writes_is_found_once_for_each_kind_of_arguments() -> None:
     asked: list[dict[str, object]] = []
 
-    def identify(kernel: object, kwargs: dict[str, object], tma_descriptor_metadata: dict[str, object]) -> object:
+    def identify(kernel: object, kwargs: dict[str, object], tma_descriptor_metadata: object) -> object:
         asked.append(dict(kwargs))
         return ["out", len(asked)]
 
@@ -84,10 +84,14 @@ def test_what_a_triton_kernel_writes_is_found_once_for_each_kind_of_arguments() 
         assert again(kernel, different, {}) is not first
     assert again(other, {"x": x, "C": 64, "SILU": True}, {}) is not first
     assert len(asked) == 5
-    for nowhere in range(2):  # a value without a hash, and what descriptors say, are not told from others
+    described = {"x": ("stable", ([128, 64],))}
+    assert again(kernel, {"x": x, "C": 64, "SILU": True}, described) is not first
+    assert again(kernel, {"x": x, "C": 64, "SILU": True}, {"x": ("stable", ([128, 32],))}) is not first
+    again(kernel, {"x": x, "C": 64, "SILU": True}, described)
+    assert len(asked) == 7
+    for times in (8, 9):  # a value that has no hash
         again(kernel, {"x": x, "grid": [1]}, {})
-        again(kernel, {"x": x, "C": 64, "SILU": True}, {"x": "described"})
-        assert len(asked) == 7 + 2 * nowhere
+        assert len(asked) == times
 
 
 def test_nothing_is_printed_for_a_log_that_nobody_asked_for() -> None:
@@ -103,3 +107,27 @@ def test_nothing_is_printed_for_a_log_that_nobody_asked_for() -> None:
     assert any(before) and all(a is not b or a is None for a, b in zip(before, within, strict=True))
     assert [getattr(triton_kernel_wrap, name, None) for name in names] == before
     assert after_aot.save_graph_repro is printed
+
+
+@pytest.mark.parametrize("torch_scales", [False, True])
+def test_every_program_of_a_kernel_gets_its_scratch(torch_scales: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11 allocates it, and as 2.13 does."""
+    from torch._inductor.codegen.common import TritonScratchWorkspace
+    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
+
+    def cpp_scratch(self: object, idx: int, workspace: TritonScratchWorkspace, prefix: str | None = None) -> object:
+        if workspace.size == 0:
+            return ["CUdeviceptr scratch_3 = 0;"], "scratch_3"
+        return [f"int64_t scratch_{idx}_size[] = {{{workspace.size}}};", "int64_t stride[] = {1};"], f"scratch_{idx}"
+
+    if not torch_scales:
+        monkeypatch.setattr(CUDADeviceOpOverrides, "cpp_scratch", cpp_scratch)
+    allocate = CUDADeviceOpOverrides.cpp_scratch
+    with inductor.scratch_for_all():
+        made = CUDADeviceOpOverrides().cpp_scratch(3, TritonScratchWorkspace(384, lambda: "byte"))
+        nothing = CUDADeviceOpOverrides().cpp_scratch(3, TritonScratchWorkspace(0, lambda: "byte"))
+    assert made is not None and made[1] == "scratch_3"
+    assert made[0][0] == "int64_t scratch_3_size[] = {static_cast<int64_t>(384) * grid_0 * grid_1 * grid_2};"
+    assert "{1}" in made[0][1]
+    assert nothing == (["CUdeviceptr scratch_3 = 0;"], "scratch_3")
+    assert CUDADeviceOpOverrides.cpp_scratch is allocate

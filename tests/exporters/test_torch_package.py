@@ -1,5 +1,7 @@
 """The torch backend's packages: free of weights, and every tensor of a checkpoint reaches them."""
 
+import importlib.util
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import Tensor
 import runtimes
 from exporters import sdxl, torch_package
 from exporters.base import ExportError, Request
-from exporters.torch_package import TorchExporter
+from exporters.torch_package import GPU_IMPORTS, IMPORTS, TorchExporter
 from tests.exporters import perturbation
 
 CPU = Request(width=64, height=64, batch=1, precision="fp32", device="cpu", target="cpu-avx2")
@@ -90,6 +92,19 @@ def test_a_gpu_that_is_not_there_is_told() -> None:
     request = Request(width=64, height=64, batch=1, precision="fp16", device="cuda:0", target="sm90")
     with pytest.raises(ExportError, match="sees none here"):
         TorchExporter().check_request(request)
+
+
+def test_what_compilers_import_is_there_and_imported_for_them() -> None:
+    own = "exporters."  # those want Triton
+    missing = [n for n in (*IMPORTS, *GPU_IMPORTS) if not n.startswith(own) and importlib.util.find_spec(n) is None]
+    assert missing == [], "another torch may lack some, the tested ones have all"
+    TorchExporter().prepare("cpu")
+    assert {*IMPORTS} <= sys.modules.keys()
+
+
+def test_nothing_is_made_for_all_compilers_on_a_cpu(tmp_path: Path) -> None:
+    TorchExporter().begin(CPU, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_of_what_leads_to_no_output_are_not_read() -> None:
