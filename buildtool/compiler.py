@@ -59,6 +59,7 @@ class Pool:
         self._nursery: subprocess.Popen[bytes] | None = None
         self._leash = -1
         self._said = b""
+        self._ready = False
         self._lock = threading.Lock()  # of everything that changes
         self._closed = False
         self._error: Exception | None = None
@@ -73,6 +74,8 @@ class Pool:
 
     def _end(self) -> None:
         if self._nursery is not None:
+            if not self._ready:
+                self._nursery.kill()  # it still imports, and has nobody to end
             for end in (self._nursery.stdin, self._nursery.stdout):
                 with contextlib.suppress(BrokenPipeError):  # it died
                     if end is not None:
@@ -216,11 +219,19 @@ class Pool:
             log = self._scratch / "nursery.log"
             raise SdxlError(f"What starts the compilers {_ending(code)}: {_last_line(log)}.")
         *lines, self._said = (self._said + (said or b"")).split(b"\n")
-        for line in lines:
-            ended_with, _, job = os.fsdecode(line).partition(" ")
-            name = Path(job).stem
-            if name in self._running:  # not what begins: where it fails, the others do its work, or fail too
-                yield name, int(ended_with)
+        for line in map(os.fsdecode, lines):
+            kind, _, rest = line.partition(" ")
+            if kind == "ready":
+                self._ready = True
+            elif kind == "says":
+                self._progress.say(rest)
+            elif Path(rest).stem != BEGIN:
+                yield Path(rest).stem, int(kind)
+            elif kind != "0":
+                why = _last_line(self._scratch / f"{BEGIN}.log")
+                self._progress.say(
+                    f"What all compilers need is made by those that need it first, which is slower: {why}."
+                )
 
     def _show(self, name: str) -> None:
         """How far a compiler is, if it tells."""

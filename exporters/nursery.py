@@ -5,7 +5,8 @@ all import the same, and take three times as long as one. Nothing is computed he
 has, can't be forked.
 
 Reads job files' names, a line each, from its standard input, and answers ``<exit code> <job file>`` when one has ended.
-What a job says goes to the ``.log`` beside it. At the end of the input all of them end.
+Before that it says ``ready``, and what is slower than it should be: ``says <words>``. What a job says goes to the
+``.log`` beside it. At the end of the input all of them end.
 """
 
 import contextlib
@@ -35,6 +36,9 @@ def main(leash: int) -> None:
     gc.collect()
     gc.freeze()  # what is there is looked through by no compiler's collector
     forkable = not _driver_is_up()
+    if not forkable:
+        os.write(1, b"says Compilers import everything themselves, which is slower: an import has initialized CUDA.\n")
+    os.write(1, b"ready\n")
     running: dict[int, str] = {}
     waiting = b""
     while True:

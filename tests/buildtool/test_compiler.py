@@ -27,6 +27,7 @@ from exporters import nursery, worker
 def main(job):
     threading.Thread(target=worker._end_with_builder, daemon=True).start()
     if job.stem == "begin":
+        print("no room for headers", flush=True)
         return 1
     time.sleep(0.2)
     print("about", job.stem, flush=True)
@@ -105,8 +106,35 @@ def test_where_cuda_is_up_already_compilers_start_by_themselves(scratch: Path, t
     script = tmp_path / "stand_in_nursery.py"
     up = f"nursery._driver_is_up, sys.executable = (lambda: True), {str(python)!r}\n"
     script.write_text(STAND_IN.replace("nursery.main(", f"{up}nursery.main("))
-    with running(scratch, "unet", at_once=1) as pool:
+    progress, said = telling()
+    with running(scratch, "unet", at_once=1, progress=progress) as pool:
         assert pool.result("unet", "main") == {"file": "exporters.worker"}
+    assert said == ["Compilers import everything themselves, which is slower: an import has initialized CUDA."]
+
+
+def test_what_could_not_be_made_for_all_is_told(scratch: Path) -> None:
+    progress, said = telling()
+    with running(scratch, "unet", at_once=1, progress=progress) as pool:
+        pool.result("unet", "main")
+    assert said == [
+        "What all compilers need is made by those that need it first, which is slower: no room for headers."
+    ]
+
+
+def test_a_build_that_ends_at_once_waits_for_no_imports(scratch: Path, tmp_path: Path) -> None:
+    script = tmp_path / "stand_in_nursery.py"
+    script.write_text(f"import time\ntime.sleep(60)\n{STAND_IN}")
+    began = time.monotonic()
+    with running(scratch, "unet", at_once=1):
+        time.sleep(0.3)
+    assert time.monotonic() - began < 10
+
+
+def telling() -> tuple[Progress, list[str]]:
+    """Progress, and what it was told to say."""
+    progress, said = Progress(quiet=True), list[str]()
+    progress.say = said.append  # type: ignore[method-assign]
+    return progress, said
 
 
 def test_what_starts_them_is_told_if_it_dies_and_its_compilers_end(scratch: Path) -> None:
