@@ -18,6 +18,7 @@ from typing import Any
 from buildtool.progress import Progress
 from buildtool.store import files
 from buildtool.store.errors import SdxlError
+from exporters import registry
 from exporters.base import ExportError, Request
 
 NURSERY = ("-m", "exporters.nursery")
@@ -107,7 +108,8 @@ class Pool:
             os.close(held)
         assert self._nursery.stdout is not None
         os.set_blocking(self._nursery.stdout.fileno(), False)
-        self._ask(dataclasses.replace(jobs[0], component="", variant=BEGIN, configs={}))
+        if registry.backend(jobs[0].backend).forks:
+            self._ask(dataclasses.replace(jobs[0], component="", variant=BEGIN, configs={}))
 
     def _environment(self) -> dict[str, str]:
         environment = {

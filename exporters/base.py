@@ -102,8 +102,8 @@ class Exporter(abc.ABC):
             ExportError: the request, or what is missing here to serve it.
         """
 
-    def prepare(self, device: str) -> None:  # noqa: B027  # most import what they need when they need it
-        """Imports what compiling needs, and starts nothing: compilers' processes are forked from one that has it.
+    def prepare(self, device: str) -> None:  # noqa: B027
+        """Imports what compiling needs, and starts nothing: a backend that forks its compilers has them inherit it.
 
         Args:
             device: torch's name of what will be compiled for; ``cpu`` or a GPU, which must not be touched.

@@ -72,7 +72,7 @@ def quicker() -> Iterator[None]:
     """The same code sooner.
 
     - What one of our Triton kernels writes to is found by compiling it: at each of its calls, three times over. Once
-      for each kind of arguments will do: of the 60 s of the VAE's compiler on an H100 that was more than a third.
+      for each kind of arguments will do: it was 15 s of the VAE's compiler on an H100.
     - The graph is printed as a program that repeats the compilation, for a log that nobody asked for.
     """
     from torch._dynamo.repro import after_aot

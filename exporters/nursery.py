@@ -2,7 +2,7 @@
 
 It imports what the backend's compiler needs, once, and makes each compiler by a fork. Sixteen that start by themselves
 all import the same, and take three times as long as one. Nothing is computed here, and no GPU touched: a process that
-has, can't be forked.
+has, can't be forked. Compilers of backends with which this was not tried are started anew.
 
 Reads job files' names, a line each, from its standard input, and answers ``<exit code> <job file>`` when one has ended.
 Before that it says ``ready``, and what is slower than it should be: ``says <words>``. What a job says goes to the
@@ -27,16 +27,17 @@ BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 """Has torch ask NVML whether there is a GPU, as its compiler does when it is imported, and not CUDA."""
 
 
-def main(leash: int) -> None:
+def main(leash: int, forks: bool) -> None:
     """Serves until the input ends.
 
     Args:
         leash: a pipe's end whose other end the builder has: each compiler's standard input.
+        forks: whether compilers go on in what was forked, or start anew.
     """
     gc.collect()
     gc.freeze()  # what is there is looked through by no compiler's collector
-    forkable = not _driver_is_up()
-    if not forkable:
+    if forks and _driver_is_up():
+        forks = False
         os.write(1, b"says Compilers import everything themselves, which is slower: an import has initialized CUDA.\n")
     os.write(1, b"ready\n")
     running: dict[int, str] = {}
@@ -50,7 +51,7 @@ def main(leash: int) -> None:
             *lines, waiting = (waiting + said).split(b"\n")
             for line in lines:
                 job = os.fsdecode(line)
-                running[_fork(job, leash, forkable)] = job
+                running[_start(job, leash, forks)] = job
         for pid in list(running):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
@@ -63,7 +64,7 @@ def main(leash: int) -> None:
         os.waitpid(pid, 0)
 
 
-def _fork(job: str, leash: int, forkable: bool) -> int:
+def _start(job: str, leash: int, forks: bool) -> int:
     """A process that runs a job, in a session and group of its own; its id."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads: libraries may keep some, which sleep
@@ -77,7 +78,7 @@ def _fork(job: str, leash: int, forkable: bool) -> int:
         log = os.open(Path(job).with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for end, target in ((leash, 0), (log, 1), (log, 2)):
             os.dup2(end, target)
-        if not forkable:
+        if not forks:
             os.execv(sys.executable, [sys.executable, "-m", "exporters.worker", job])
         code = worker.main(Path(job))
     except BaseException:
@@ -100,7 +101,9 @@ def _driver_is_up() -> bool:
 
 if __name__ == "__main__":
     backend, device, _, end = sys.argv[1:]  # the third is for who lists processes
-    os.environ[BY_NVML] = "1"
-    with contextlib.suppress(ExportError):  # the job will say what is missing
-        registry.exporter(backend).prepare(device)
-    main(int(end))
+    row = registry.backend(backend)
+    if row.forks:
+        os.environ[BY_NVML] = "1"
+        with contextlib.suppress(ExportError):  # the job will say what is missing
+            registry.exporter(backend).prepare(device)
+    main(int(end), row.forks)

@@ -33,6 +33,7 @@ class Backend:
         flavors: libraries that it can build with, by name; :meth:`flavored` gives the row of one.
         provider: what runs it, where that isn't what its options say by themselves (:meth:`provided`).
         apart: whether it compiles in an interpreter of its own, whose versions then belong in the key.
+        forks: whether its compilers are forked from a process that has imported what they need: tried on a GPU.
     """
 
     exporter: str
@@ -50,6 +51,7 @@ class Backend:
     flavors: Mapping[str, Flavor] = field(default_factory=dict)
     provider: str = ""
     apart: bool = False
+    forks: bool = False
 
     def flavored(self, name: str) -> "Backend":
         """The row of one of its flavors."""
@@ -82,6 +84,7 @@ BACKENDS = {
         options={"cuda": {"tf32": True}},
         precisions=(*PRECISIONS, "fp8"),
         on_gpu=("triton",),
+        forks=True,
     ),
     "onnx": Backend(
         exporter="exporters.onnx_graph:OnnxExporter",

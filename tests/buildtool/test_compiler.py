@@ -44,7 +44,7 @@ def main(job):
     return 0
 
 worker.main = main
-nursery.main(int(sys.argv[-1]))
+nursery.main(int(sys.argv[-1]), forks=True)
 """
 
 
