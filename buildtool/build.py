@@ -125,7 +125,7 @@ class _Build:
             compiled = {job.component for job in jobs}
             room_here = self.exporter.check_room(self.source.parameters, self.request) if jobs else 0
             index = self.planned.target.index if self.on_gpu else None
-            with compiler.Pool(self.progress, index) as pool, self.store.stage() as scratch:
+            with self.store.stage() as scratch, compiler.Pool(self.progress, index) as pool:
                 self._pool = pool
                 if jobs:
                     pool.prepare(jobs, scratch)  # imports, while this process does

@@ -75,14 +75,17 @@ class Pool:
 
     def _end(self) -> None:
         if self._nursery is not None:
+            assert self._nursery.stdin is not None and self._nursery.stdout is not None
+            with contextlib.suppress(Exception):  # whatever else there is to tell, it is over
+                for _ in self._ended():
+                    pass
             if not self._ready:
                 self._nursery.kill()  # it still imports, and has nobody to end
-            for end in (self._nursery.stdin, self._nursery.stdout):
-                with contextlib.suppress(BrokenPipeError):  # it died
-                    if end is not None:
-                        end.close()
+            with contextlib.suppress(BrokenPipeError):  # it died
+                self._nursery.stdin.close()
             os.close(self._leash)
             self._nursery.wait()
+            self._nursery.stdout.close()
             self._nursery = None
 
     def prepare(self, jobs: Sequence[Job], scratch: Path) -> None:
@@ -108,7 +111,7 @@ class Pool:
             os.close(held)
         assert self._nursery.stdout is not None
         os.set_blocking(self._nursery.stdout.fileno(), False)
-        if registry.backend(jobs[0].backend).forks:
+        if registry.backend(jobs[0].backend).forks and jobs[0].request.device != "cpu":
             self._ask(dataclasses.replace(jobs[0], component="", variant=BEGIN, configs={}))
 
     def _environment(self) -> dict[str, str]:
@@ -196,7 +199,7 @@ class Pool:
         asked.write_text(json.dumps({**dataclasses.asdict(job), "out": str(out.absolute())}))
         assert self._nursery is not None and self._nursery.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died, which its output's end tells
-            self._nursery.stdin.write(os.fsencode(asked.absolute()) + b"\n")
+            self._nursery.stdin.write(f"{job.name}\n".encode())
             self._nursery.stdin.flush()
 
     def _collect(self) -> None:
@@ -217,18 +220,17 @@ class Pool:
         assert self._nursery is not None and self._nursery.stdout is not None
         said = self._nursery.stdout.read()
         if said == b"" and self._running:
-            code = self._nursery.wait()
-            log = self._scratch / "nursery.log"
-            raise SdxlError(f"What starts the compilers {_ending(code)}: {_last_line(log)}.")
+            ending, log = _ending(self._nursery.wait()), self._keep_log("nursery")
+            raise SdxlError(f"What starts the compilers {ending}: {_last_line(log)}. Its words: {log}.")
         *lines, self._said = (self._said + (said or b"")).split(b"\n")
-        for line in map(os.fsdecode, lines):
+        for line in map(bytes.decode, lines):
             kind, _, rest = line.partition(" ")
             if kind == "ready":
                 self._ready = True
             elif kind == "says":
                 self._progress.say(rest)
-            elif Path(rest).stem != BEGIN:
-                yield Path(rest).stem, int(kind)
+            elif rest != BEGIN:
+                yield rest, int(kind)
             elif kind != "0":
                 why = _last_line(self._scratch / f"{BEGIN}.log")
                 self._progress.say(

@@ -36,8 +36,8 @@ def reference_fits(parameters: Mapping[str, int], request: Request) -> bool:
 
 
 def compilers(parameters: Mapping[str, int], request: Request, beside_reference: bool) -> int:
-    """How many compilers at once fit into what is free, at least one."""
-    left = free_bytes(request) - (reference_bytes(parameters, request) if beside_reference else 0)
+    """How many compilers at once fit into what is free, at least one; one more begins for all of them."""
+    left = free_bytes(request) - PROCESS_BYTES - (reference_bytes(parameters, request) if beside_reference else 0)
     return max(1, left // compiler_bytes(parameters, request))
 
 

@@ -110,7 +110,7 @@ class Exporter(abc.ABC):
         """
 
     def begin(self, request: Request, out: Path) -> None:  # noqa: B027
-        """Makes what all compilers of a build will need, in a process of its own, while they work towards it.
+        """Makes what all compilers of a build for a GPU will need, in a process of its own, while they work towards it.
 
         Args:
             out: a folder for what isn't needed any more afterwards.

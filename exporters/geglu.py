@@ -51,8 +51,8 @@ def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     programs = min(torch.cuda.get_device_properties(x.device).multi_processor_count, tiles)
     torch.library.wrap_triton(geglu_kernel.geglu)[(programs,)](
         rows,
-        weight,
-        bias,
+        weight.contiguous(),
+        bias.contiguous(),
         out,
         count,
         N=outputs,
@@ -80,7 +80,7 @@ def fuse(graph: fx.Graph) -> int:
         linear = end and _product(gelu, end)
         if end is None or linear is None:
             continue
-        with graph.inserting_before(end):
+        with graph.inserting_before(linear):  # later on its input may be another
             made = graph.call_function(torch.ops.sdxl.geglu.default, linear.args)
         made.meta = dict(end.meta)
         end.replace_all_uses_with(made)

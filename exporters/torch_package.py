@@ -70,12 +70,7 @@ class TorchExporter(Exporter):
 
     @torch.no_grad()
     def begin(self, request: Request, out: Path) -> None:
-        """Has torch's C++ headers precompiled, which takes seconds that the first compilers to need them would wait.
-
-        On a CPU, of which there may be few, they make them when they need them.
-        """
-        if request.device == "cpu":
-            return
+        """Has torch's C++ headers precompiled, which takes seconds that the first compilers to need them would wait."""
         inputs = {"x": torch.zeros(16, device=request.device)}
         with _gpu_settings(request, ""):
             program = torch.export.export(_Double(), (), kwargs=inputs, strict=False)

@@ -13,7 +13,10 @@ from buildtool.progress import Progress
 from buildtool.store.errors import SdxlError
 from exporters.base import ExportError, Request
 
-REQUEST = Request(64, 64, 1, "fp32", "cpu", "cpu-avx2")
+REQUEST = Request(64, 64, 1, "fp16", "cuda:0", "sm90")  # nothing here touches a GPU
+
+
+SLOWER = "Compilers import what they need by themselves, which is slower: {}."
 
 
 def jobs(*names: str) -> list[compiler.Job]:
@@ -24,9 +27,18 @@ STAND_IN = """
 import json, os, signal, sys, threading, time
 from exporters import nursery, worker
 
+class Exporter:
+    def prepare(self, device):
+        print("the banner of a library")
+        print("another", flush=True)
+        if os.path.exists(os.path.join(sys.argv[3], "broken")):
+            raise OSError("broken library.")
+
 def main(job):
     threading.Thread(target=worker._end_with_builder, daemon=True).start()
     if job.stem == "begin":
+        if (job.parent / "slow").exists():
+            time.sleep(600)
         print("no room for headers", flush=True)
         return 1
     time.sleep(0.2)
@@ -43,8 +55,9 @@ def main(job):
     job.with_suffix(".result").write_text(json.dumps({"file": "x"}))
     return 0
 
-worker.main = main
-nursery.main(int(sys.argv[-1]), forks=True)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as what started the builder may have it
+worker.main, nursery.registry.exporter = main, lambda name: Exporter()
+nursery.run(*sys.argv[1:])
 """
 
 
@@ -105,11 +118,11 @@ def test_where_cuda_is_up_already_compilers_start_by_themselves(scratch: Path, t
     python.chmod(0o755)
     script = tmp_path / "stand_in_nursery.py"
     up = f"nursery._driver_is_up, sys.executable = (lambda: True), {str(python)!r}\n"
-    script.write_text(STAND_IN.replace("nursery.main(", f"{up}nursery.main("))
+    script.write_text(STAND_IN.replace("nursery.run(", f"{up}nursery.run("))
     progress, said = telling()
     with running(scratch, "unet", at_once=1, progress=progress) as pool:
         assert pool.result("unet", "main") == {"file": "exporters.worker"}
-    assert said == ["Compilers import everything themselves, which is slower: an import has initialized CUDA."]
+    assert said == [SLOWER.format("an import has initialized CUDA")]
 
 
 def test_what_could_not_be_made_for_all_is_told(scratch: Path) -> None:
@@ -119,6 +132,32 @@ def test_what_could_not_be_made_for_all_is_told(scratch: Path) -> None:
     assert said == [
         "What all compilers need is made by those that need it first, which is slower: no room for headers."
     ]
+
+
+def test_imports_that_fail_are_left_to_the_compilers(scratch: Path) -> None:
+    (scratch / "broken").touch()
+    progress, said = telling()
+    with running(scratch, "unet", at_once=1, progress=progress) as pool:
+        assert pool.result("unet", "main") == {"file": "x"}
+    assert said[0] == SLOWER.format("OSError: broken library")
+
+
+def test_a_build_that_ends_before_it_compiles_leaves_nothing_at_work(scratch: Path) -> None:
+    (scratch / "slow").touch()
+    with compiler.Pool(Progress(quiet=True)) as pool:
+        pool.prepare(jobs("unet"), scratch)
+        until = time.monotonic() + 20
+        while not _groups(scratch) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert _groups(scratch), "what is made for all of them is under way"
+    assert not _groups(scratch)
+
+
+def test_a_store_may_be_called_anything(scratch: Path) -> None:
+    odd = scratch / "my store\nof ü"
+    odd.mkdir()
+    with running(odd, "unet", at_once=1) as pool:
+        assert pool.result("unet", "main") == {"file": "x"}
 
 
 def test_a_build_that_ends_at_once_waits_for_no_imports(scratch: Path, tmp_path: Path) -> None:
@@ -141,7 +180,7 @@ def test_what_starts_them_is_told_if_it_dies_and_its_compilers_end(scratch: Path
     with running(scratch, "long", "orphan", at_once=2) as pool:
         with pytest.raises(SdxlError, match="What starts the compilers ended with signal 9"):
             pool.result("orphan", "main")
-        assert len(_groups(scratch)) == 1, "long is at work still, with nobody above it"
+        assert _groups(scratch), "long is at work still, with nobody above it"
     until = time.monotonic() + 10
     while _groups(scratch) and time.monotonic() < until:
         time.sleep(0.05)
@@ -163,7 +202,8 @@ def _groups(scratch: Path) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if os.readlink(entry / "fd" / "1").startswith(str(scratch)):
+                says = os.readlink(entry / "fd" / "1")
+                if says.startswith(str(scratch)) and not says.endswith("nursery.log"):
                     found.append(int(entry.name))
     return found
 

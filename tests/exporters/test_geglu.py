@@ -18,7 +18,10 @@ class FeedForward(nn.Module):
         self.proj = nn.Linear(64, 256, bias=kind != "no bias")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made = self.proj(self.norm(x))
+        given = self.norm(x)
+        made = self.proj(given)
+        if self.kind == "input changed":
+            given.add_(1)
         value, gate = made.chunk(2, dim=-1)
         if self.kind == "turned":
             value, gate = gate, value
@@ -35,6 +38,7 @@ class FeedForward(nn.Module):
     ("kind", "count"),
     [
         ("plain", 1),
+        ("input changed", 1),
         ("other way round", 1),
         ("turned", 0),
         ("tanh", 0),

@@ -131,3 +131,12 @@ def test_every_program_of_a_kernel_gets_its_scratch(torch_scales: bool, monkeypa
     assert "{1}" in made[0][1]
     assert nothing == (["CUdeviceptr scratch_3 = 0;"], "scratch_3")
     assert CUDADeviceOpOverrides.cpp_scratch is allocate
+
+
+def test_scratch_that_another_torch_allocates_in_its_own_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.codegen.common import TritonScratchWorkspace
+    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
+
+    monkeypatch.setattr(CUDADeviceOpOverrides, "cpp_scratch", lambda *_: (["auto s = scratch(384, 1);"], "s"))
+    with inductor.scratch_for_all(), pytest.raises(RuntimeError, match="unknown way"):
+        CUDADeviceOpOverrides().cpp_scratch(3, TritonScratchWorkspace(384, lambda: "byte"))
