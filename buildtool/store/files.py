@@ -102,8 +102,14 @@ def make_folder(path: Path) -> None:
         missing.append(place)
         place = place.parent
     for folder in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # a builder beside us, or a file: then the next line says so
+        try:
             folder.mkdir()
+        except FileExistsError:  # a builder beside us, or a file: then the next line says so
+            pass
+        except FileNotFoundError as error:  # /proc and the like say so of every new folder
+            if folder.parent.is_dir():
+                raise PermissionError(errno.EACCES, "no folder can be made there", str(folder)) from error
+            raise
         sync(folder.parent)
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))

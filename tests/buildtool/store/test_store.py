@@ -539,6 +539,14 @@ def test_a_root_that_is_a_file(tmp_path: Path, key: ArtifactKey) -> None:
     one_line(caught.value)
 
 
+def test_a_place_where_no_folder_can_be_made_is_told(key: ArtifactKey) -> None:
+    """The kernel's own file system says "no such file" of a new folder, as if its parent weren't there."""
+    store = Store(Path("/proc/artifacts"))
+    with pytest.raises(SdxlError, match="cannot be written") as caught, store.building(key.digest):
+        pass
+    assert "no folder can be made there" in str(caught.value)
+
+
 def test_a_disk_that_is_too_small_is_told_before_the_build(store: Store) -> None:
     with pytest.raises(SdxlError, match=r"needs 1000\.0 TB .* are free") as caught, store.stage(needs=10**15):
         pass
