@@ -150,7 +150,7 @@ class _Build:
                         if name not in compiled:
                             assemble(name, tensors[name])
                     if not jobs:
-                        start_check()
+                        start_check()  # it is needed soon
                     self._golden(tensors, reference)  # while the compilers run, and weights are written
                     start_check()
                 for name in sorted(compiled, key=lambda name: name == "unet"):  # takes longest

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from exporters.inductor import only_user
+
 TARGETS = ("sm90",)
 """GPUs on which the kernel was measured to be the faster way."""
 ROWS, COLUMNS, DEPTH, GROUP = 128, 128, 64, 8
@@ -76,7 +78,7 @@ def fuse(graph: fx.Graph) -> int:
     """
     found = 0
     for gelu in list(graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default)):
-        end = _only_user(gelu)
+        end = only_user(gelu)
         linear = end and _product(gelu, end)
         if end is None or linear is None:
             continue
@@ -99,15 +101,11 @@ def _product(gelu: fx.Node, end: fx.Node) -> fx.Node | None:
     value: Any = next((arg for arg in end.args if arg is not gelu), None)
     if halves.target is not aten.chunk.default or halves.args[1:] != (2, -1) or which != 1 or len(halves.users) != 2:
         return None
-    if value not in halves.users or value.args[1] != 0 or _only_user(value) is not end or _only_user(gate) is not gelu:
+    if value not in halves.users or value.args[1] != 0 or only_user(value) is not end or only_user(gate) is not gelu:
         return None
     linear: Any = halves.args[0]
-    if linear.target is not aten.linear.default or len(linear.args) != 3 or _only_user(linear) is not halves:
+    if linear.target is not aten.linear.default or len(linear.args) != 3 or only_user(linear) is not halves:
         return None
     shape, dtype = linear.meta["val"].shape, linear.meta["val"].dtype
     inputs = linear.args[0].meta["val"].shape[-1]
     return linear if fits(shape[:-1].numel(), inputs, shape[-1] // 2, dtype) else None
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None

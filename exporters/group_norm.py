@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from exporters.inductor import only_user
+
 PROGRAMS = 640
 """Programs that sum up one call's maps, about: five to a multiprocessor of an H100."""
 COLUMNS = 64
@@ -109,7 +111,7 @@ def fuse(graph: fx.Graph) -> int:
         weight, bias, eps = (*others, None, None, None)[:3]
         if x.meta["val"].ndim != 4 or weight is None or bias is None:
             continue
-        last = _only_user(norm)
+        last = only_user(norm)
         silu = last is not None and last.target is aten.silu.default
         end: fx.Node = last if silu and last is not None else norm
         with graph.inserting_before(end):
@@ -125,10 +127,6 @@ def fuse(graph: fx.Graph) -> int:
     return found
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _without_addends(graph: fx.Graph, x: fx.Node, norm: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """The map that ``x`` is before something is added to all its pixels, and what that is, (B, C)."""
     aten = torch.ops.aten
@@ -141,13 +139,13 @@ def _without_addends(graph: fx.Graph, x: fx.Node, norm: fx.Node) -> tuple[fx.Nod
         return made
 
     # Not aten.add_, which stays whether its result is read or not: the norm would find the addend in the map already.
-    if _only_user(x) is norm and x.target is aten.add.Tensor and not x.kwargs:
+    if only_user(x) is norm and x.target is aten.add.Tensor and not x.kwargs:
         inner: Any = x.args[0]
         other: Any = x.args[1]
         if isinstance(other, fx.Node) and other.meta["val"].shape == (batch, channels, 1, 1):
             found.append(view(other, batch, channels))
             x, norm = inner, x
-    if _only_user(x) is norm and x.target is aten.conv2d.default and len(x.args) > 2 and x.args[2] is not None:
+    if only_user(x) is norm and x.target is aten.conv2d.default and len(x.args) > 2 and x.args[2] is not None:
         convolution: fx.Node = x
         found.append(view(convolution.args[2], 1, channels))  # type: ignore[arg-type]
         x = graph.call_function(convolution.target, (*convolution.args[:2], None, *convolution.args[3:]))  # type: ignore[arg-type]

@@ -36,6 +36,11 @@ def choices() -> Iterator[None]:
         yield
 
 
+def only_user(node: fx.Node) -> fx.Node | None:
+    """What alone reads a node's result; None if that is nobody or several."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def join_channels_last(graph: fx.Graph) -> int:
     """Lets feature maps (B, C, H, W) that are joined by channels lie channels-last, as convolutions want; in place.
 

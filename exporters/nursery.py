@@ -1,7 +1,7 @@
 """Starts compilers' processes that have imported all: ``python -m exporters.nursery BACKEND DEVICE SCRATCH LEASH``.
 
-It imports what the backend's compiler needs, once, and makes each compiler by a fork. Sixteen that start by themselves
-all import the same, and take three times as long as one. Nothing is computed here, and no GPU touched: a process that
+It imports what the backend's compiler needs, once, and makes each compiler by a fork, where sixteen that start by
+themselves all import the same on cores that the others want. Nothing is computed here, and no GPU touched: a process that
 has, can't be forked. Compilers of backends with which this was not tried are started anew.
 
 Reads names of jobs, a line each, from its standard input; SCRATCH has their files, ``<name>.job``. Answers
@@ -34,9 +34,8 @@ def main(scratch: Path, leash: int, forks: bool, answers: int) -> None:
         forks: whether compilers go on in what was forked, or start anew.
         answers: where to answer.
     """
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # whoever started the builder may ignore it, and no child be waited for
+    # Whoever started the builder may ignore it, and then no child could be waited for.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.stdout.flush()  # or each fork has what was not written yet
     gc.collect()
     gc.freeze()  # what is there is looked through by no compiler's collector
