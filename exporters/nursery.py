@@ -1,8 +1,8 @@
 """Starts compilers' processes that have imported all: ``python -m exporters.nursery BACKEND DEVICE SCRATCH LEASH``.
 
 It imports what the backend's compiler needs, once, and makes each compiler by a fork, where sixteen that start by
-themselves all import the same on cores that the others want. Nothing is computed here, and no GPU touched: a process that
-has, can't be forked. Compilers of backends with which this was not tried are started anew.
+themselves all import the same on cores that the others want. Nothing is computed here, and no GPU touched: a process
+that has, can't be forked. Compilers of backends with which this was not tried are started anew.
 
 Reads names of jobs, a line each, from its standard input; SCRATCH has their files, ``<name>.job``. Answers
 ``<exit code> <name>`` when one has ended; before that ``ready``, and what is slower than it could be: ``says <words>``.
